@@ -1,0 +1,1 @@
+"""Everything that acts: engines, rollouts, segmentation, value estimation, rewards, the pool."""

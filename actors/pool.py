@@ -1,0 +1,189 @@
+"""Many rollout actors as one: work goes to the least loaded healthy actor, and leaves one that died.
+
+The pool speaks to its actors through `RolloutClient`, so that real and simulated actors run under the same code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from ray_rl.deadlines import wait
+from ray_rl.errors import RunError
+from ray_rl.protocols import CollectedGroup, PublishedWeights
+from ray_rl.types import Prompt, ScoredSample
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class ActorDied(RuntimeError):
+    """A rollout actor's process is gone; the message says which and what Ray knows."""
+
+
+class NoActorsLeft(RunError):
+    """Every rollout actor died."""
+
+
+class RolloutClient(Protocol):
+    """One rollout actor, as the pool sees it. Each verb raises `ActorDied` when its process is gone."""
+
+    name: str
+
+    async def start(self) -> None:
+        """Wait until the engine is loaded."""
+
+    async def collect(self, prompt: Prompt) -> CollectedGroup:
+        """One group."""
+
+    async def evaluate(self, prompt: Prompt, samples: int, temperature: float) -> tuple[ScoredSample, ...]:
+        """Scored answers."""
+
+    async def publish(self, weights: PublishedWeights) -> float:
+        """Take new weights and prove them. Returns the largest difference seen by the probe."""
+
+    async def discard_weights(self, version: int) -> None:
+        """Remove what the transfer left on the actor's node."""
+
+    async def shutdown(self) -> None:
+        """End the actor and its engine."""
+
+
+@dataclass(slots=True)
+class _Member:
+    client: RolloutClient
+    in_flight: int = 0
+    healthy: bool = True
+
+
+class ActorPool:
+    """Routing by load. Implements `ray_rl.protocols.RolloutPool`."""
+
+    def __init__(
+        self,
+        factory: Callable[[int], RolloutClient],
+        size: int,
+        *,
+        groups_in_flight: int,
+        start_timeout: float,
+        group_timeout: float,
+        publish_timeout: float,
+    ) -> None:
+        """Create the actors; `start` waits for them.
+
+        Args:
+            factory: makes the client of actor i.
+            size: number of actors.
+            groups_in_flight: groups that one actor works on at once.
+            start_timeout: seconds until every engine must be loaded.
+            group_timeout: seconds for one group or evaluation.
+            publish_timeout: seconds for one publication to all actors.
+        """
+        self._members = [_Member(factory(index)) for index in range(size)]
+        self._groups_in_flight = groups_in_flight
+        self._start_timeout = start_timeout
+        self._group_timeout = group_timeout
+        self._publish_timeout = publish_timeout
+
+    async def start(self) -> None:
+        """Wait until every actor has loaded its engine.
+
+        Raises:
+            DeadlineExceeded: one did not in time.
+        """
+        await asyncio.gather(
+            *(
+                wait(member.client.start(), self._start_timeout, what=f"{member.client.name} to load its engine")
+                for member in self._members
+            )
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Groups that the healthy actors work on at once."""
+        return self._groups_in_flight * sum(member.healthy for member in self._members)
+
+    async def collect(self, prompt: Prompt) -> CollectedGroup:
+        """A group from the least loaded actor; when it dies, from another one."""
+        return await self._route(lambda client: client.collect(prompt), what=f"the group of prompt {prompt.prompt_id}")
+
+    async def evaluate(self, prompt: Prompt, *, samples: int, temperature: float) -> tuple[ScoredSample, ...]:
+        """Scored answers from the least loaded actor; when it dies, from another one."""
+        return await self._route(
+            lambda client: client.evaluate(prompt, samples, temperature),
+            what=f"the answers to evaluation prompt {prompt.problem.problem_id}",
+        )
+
+    async def publish(self, weights: PublishedWeights) -> dict[str, float]:
+        """Bring a version into every healthy engine; the node files are removed whether that succeeds or not.
+
+        Raises:
+            WeightTransferError: a proof failed.
+            NoActorsLeft: every actor died.
+        """
+        started = time.monotonic()
+        try:
+            differences = await wait(
+                asyncio.gather(*(self._publish_to(member, weights) for member in self._healthy())),
+                self._publish_timeout,
+                what=f"policy version {weights.version} to reach every rollout actor",
+            )
+        finally:
+            await self._discard(weights.version)
+        if not self._healthy():
+            raise NoActorsLeft("every rollout actor died; see their logs")
+        arrived = [difference for difference in differences if difference is not None]
+        return {"timing/weight_sync": time.monotonic() - started, "weights/probe_max_abs_diff": max(arrived)}
+
+    async def shutdown(self) -> None:
+        """End every actor."""
+        await asyncio.gather(*(member.client.shutdown() for member in self._members))
+
+    async def _publish_to(self, member: _Member, weights: PublishedWeights) -> float | None:
+        try:
+            return await member.client.publish(weights)
+        except ActorDied as death:
+            self._bury(member, death)
+            return None
+
+    async def _discard(self, version: int) -> None:
+        async def one(member: _Member) -> None:
+            try:
+                await member.client.discard_weights(version)
+            except ActorDied as death:
+                self._bury(member, death)
+
+        await wait(
+            asyncio.gather(*(one(member) for member in self._healthy())),
+            self._publish_timeout,
+            what=f"the files of policy version {version} to be removed",
+        )
+
+    async def _route(self, call: Callable[[RolloutClient], Awaitable[T]], *, what: str) -> T:
+        while True:
+            member = self._least_loaded()
+            member.in_flight += 1
+            try:
+                return await wait(call(member.client), self._group_timeout, what=f"{what} from {member.client.name}")
+            except ActorDied as death:
+                self._bury(member, death)
+            finally:
+                member.in_flight -= 1
+
+    def _least_loaded(self) -> _Member:
+        healthy = self._healthy()
+        if not healthy:
+            raise NoActorsLeft("every rollout actor died; see their logs")
+        return min(healthy, key=lambda member: member.in_flight)
+
+    def _healthy(self) -> Sequence[_Member]:
+        return [member for member in self._members if member.healthy]
+
+    def _bury(self, member: _Member, death: ActorDied) -> None:
+        if member.healthy:
+            logger.warning("%s died; its prompts go to the others: %s", member.client.name, death)
+        member.healthy = False

@@ -1,0 +1,1 @@
+"""The benchmark suite, run as a program: `ray-rl bench` or `python -m benchmarks`."""

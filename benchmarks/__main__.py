@@ -1,0 +1,46 @@
+"""`python -m benchmarks [CASE ...] [--json FILE]`: run cases one after the other, print tables, write JSON."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks.rollout import ROLLOUT
+from benchmarks.step import STEP
+from benchmarks.suite import Case, Options, machine, show, to_json
+
+CASES: dict[str, Case] = {case.name: case for case in (ROLLOUT, STEP)}
+
+_EPILOG = "Cases: " + "; ".join(f"{case.name} ({case.about})" for case in CASES.values())
+
+
+def run(
+    cases: Annotated[list[str] | None, typer.Argument(metavar="[CASE]...", help="default: all")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write every number here")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="paired repetitions; medians are reported")] = 5,
+    quick: Annotated[bool, typer.Option("--quick", help="a reduced form of each case")] = False,
+) -> None:
+    """Run the benchmark suite."""
+    console = Console()
+    chosen = cases or list(CASES)
+    unknown = [name for name in chosen if name not in CASES]
+    if unknown:
+        typer.echo(f"error: {', '.join(unknown)}: no such case; there are {', '.join(CASES)}", err=True)
+        sys.exit(2)
+    results = {}
+    for name in chosen:
+        results[name] = CASES[name].run(Options(repeats=repeats, quick=quick))
+        show(console, CASES[name], results[name])
+        if json_file:
+            to_json(json_file, results)
+    console.print(f"measured on: {machine()}", highlight=False)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(epilog=_EPILOG)(run)
+    app(prog_name="ray-rl bench")

@@ -1,0 +1,98 @@
+"""What every case of the suite shares: its result, the machine it ran on, the table and the JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a user may ask of any case."""
+
+    repeats: int
+    """Paired repetitions; medians are reported."""
+    quick: bool
+    """A reduced form, for a first look."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaseResult:
+    """What a case measured."""
+
+    headline: Mapping[str, float]
+    """The numbers that later versions are compared by: JSON key -> value."""
+    rows: Sequence[Mapping[str, Any]]
+    """A table for people; all rows have the same keys."""
+    details: Mapping[str, Any]
+    """Every single measurement, for whoever doubts a median."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One benchmark."""
+
+    name: str
+    about: str
+    """One line for the list of cases."""
+    run: Callable[[Options], CaseResult]
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": platform.platform(terse=True),
+        "python": platform.python_version(),
+    }
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle value."""
+    return statistics.median(values)
+
+
+def show(console: Console, case: Case, result: CaseResult) -> None:
+    """Print a case's table and headline."""
+    table = Table(title=f"{case.name}: {case.about}", title_justify="left")
+    for column in result.rows[0]:
+        table.add_column(column, justify="left" if isinstance(result.rows[0][column], str) else "right")
+    for row in result.rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    console.print(table)
+    for key, value in result.headline.items():
+        console.print(f"{key} = {value:.3f}", highlight=False)
+
+
+def to_json(path: Path, results: Mapping[str, CaseResult]) -> None:
+    """Write the headline, rows and details of every case, with the machine."""
+    cases = {
+        name: {**result.headline, "rows": list(result.rows), "details": result.details}
+        for name, result in results.items()
+    }
+    path.write_text(json.dumps({"machine": machine(), "cases": cases}, indent=2) + "\n")
+
+
+def _cell(value: object) -> str:
+    return f"{value:,.2f}" if isinstance(value, float) else str(value)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""Everything that learns: advantages, packing, losses, DeepSpeed, checkpoints, weight publishing."""

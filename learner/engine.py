@@ -1,0 +1,237 @@
+"""One rank of the learner: forward and backward over microbatches, optimizer steps through DeepSpeed.
+
+    samples -> old log-probabilities -> epochs x minibatches -> microbatches of this rank -> loss -> backward -> step
+
+Everything here that reduces, gathers or steps is a collective: all ranks call it, with the same arguments.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learner.advantages import whiten
+from learner.batches import TensorBatch, TokenTable, tensor_batch
+from learner.distributed import choose_device, meet, sum_over_ranks
+from learner.losses import AGGREGATIONS, GlobalCounts, clipped_surrogate, kl_estimate, masked_sum
+from learner.model import gathered, load_model, token_logprobs_and_entropy, vocabulary_size
+from learner.packing import pack, split_minibatches
+from learner.policy import initialize_policy, initialize_reference, reduce_gradients
+from learner.step_statistics import MicrobatchOutcome, StepStatistics, advantage_metrics
+from ray_rl.config.run import RunConfig
+from ray_rl.types import Microbatch, TrainingSample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Minibatch:
+    """What one optimizer step trains on, known whole by every rank."""
+
+    indices: list[int]
+    """Of the batch's samples."""
+    samples: list[TrainingSample]
+    """[len(indices)], advantages as they enter the loss."""
+    microbatches: list[Microbatch]
+    """This rank's."""
+    counts: GlobalCounts
+
+    def batch_indices(self, microbatch: Microbatch) -> list[int]:
+        """Rows of the microbatch as indices of the batch's samples; fillers stay fillers."""
+        return [index if index < 0 else self.indices[index] for index in microbatch.indices]
+
+
+class LearnerEngine:
+    """The policy, its optimizer and, when the KL term needs it, the frozen reference.
+
+    Args:
+        config: the run's.
+        model_path: folder or Hugging Face name of the initial policy, `config.model.path` resolved.
+        rank: of this process.
+        world_size: data-parallel ranks.
+        store: where the ranks meet; needed with more than one.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model_path: str | os.PathLike[str],
+        rank: int,
+        world_size: int,
+        store: torch.distributed.Store | None = None,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.config = config
+        self.device = choose_device(config.learner)
+        meet(self.device, rank, world_size, config.learner.step_timeout, store)
+        policy = load_model(config.model, model_path)
+        self.vocab_size = vocabulary_size(policy)
+        self.deepspeed = initialize_policy(policy, config)
+        self._sharded = self.deepspeed.zero_optimization_stage() == 3
+        self._reference = None
+        if config.learner.kl.coefficient > 0:
+            frozen = load_model(config.model, model_path, trainable=False)
+            self._reference = initialize_reference(frozen, config, self.device)
+
+    def train(self, samples: Sequence[TrainingSample], step: int) -> dict[str, float]:
+        """One training step: every epoch and minibatch of the batch.
+
+        Args:
+            samples: the whole batch, the same on every rank.
+            step: of the run; with the run's seed it decides the order of the minibatches.
+
+        Returns:
+            Metrics, the same on every rank.
+
+        Raises:
+            ValueError: no samples.
+        """
+        if not samples:
+            raise ValueError("the learner got an empty batch")
+        order = self._minibatch_order(len(samples), step)
+        metrics = advantage_metrics(samples)
+        if self.config.advantage.whiten == "batch":
+            samples = whiten(samples)
+        # With a single optimizer step the policy of the loss still is the policy at the start of the step.
+        old = self._table(self.deepspeed, samples) if len(order) > 1 else None
+        reference = self._table(self._reference, samples) if self._reference is not None else None
+        statistics = StepStatistics(self.device)
+        for indices in order:
+            minibatch = self._minibatch(samples, indices)
+            if self._skips(minibatch, old, statistics):
+                statistics.add_skip()
+            else:
+                self._optimize(minibatch, old, reference, statistics)
+        return metrics | statistics.metrics(with_kl=reference is not None)
+
+    def logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probabilities of token_ids[1:] under the current policy at temperature 1; [P - 1] for [P] tokens."""
+        input_ids = torch.tensor([list(token_ids)], device=self.device)
+        with torch.no_grad():
+            logprobs, _ = token_logprobs_and_entropy(self.deepspeed, input_ids, torch.ones_like(input_ids), 1.0)
+        return logprobs[0].tolist()
+
+    def named_parameters_gathered(self) -> Iterator[tuple[str, Tensor]]:
+        """Hugging Face name and full tensor of each parameter in `config.model.dtype`, tied ones once.
+
+        Under ZeRO-3 each parameter is gathered when its turn comes, so all ranks iterate in lockstep, to the end. The
+        tensors are for reading before the next training step: without ZeRO-3 they share memory with the policy.
+        """
+        dtype = getattr(torch, self.config.model.dtype)
+        for name, parameter in self.deepspeed.module.named_parameters():
+            with gathered([parameter], sharded=self._sharded):
+                tensor = parameter.detach().to(dtype, copy=self._sharded)
+            yield name, tensor
+
+    def _minibatch_order(self, count: int, step: int) -> list[list[int]]:
+        learner = self.config.learner
+        size = learner.minibatch_size or count
+        seeds = (hash((self.config.seed, step, epoch)) for epoch in range(learner.epochs))
+        return [indices for seed in seeds for indices in split_minibatches(count, size, seed)]
+
+    def _minibatch(self, samples: Sequence[TrainingSample], indices: list[int]) -> _Minibatch:
+        chosen = [samples[index] for index in indices]
+        if self.config.advantage.whiten == "minibatch":
+            chosen = whiten(chosen)
+        shares = pack(
+            [len(sample.token_ids) for sample in chosen],
+            ranks=self.world_size,
+            microbatch_size=self.config.learner.microbatch_size,
+        )
+        counts = GlobalCounts(
+            tokens=sum(sample.loss_tokens for sample in chosen),
+            sequences=sum(sample.loss_tokens > 0 for sample in chosen),
+            max_tokens=self.config.rollout.max_tokens,
+        )
+        return _Minibatch(indices=indices, samples=chosen, microbatches=shares[self.rank], counts=counts)
+
+    def _table(self, model: Callable[..., object], samples: Sequence[TrainingSample]) -> TokenTable:
+        """Log-probabilities of all samples under a model, at the sampling temperature."""
+
+        @torch.no_grad()
+        def logprobs(batch: TensorBatch) -> Tensor:
+            return self._forward(model, batch)[0]
+
+        table = TokenTable(samples, self.device)
+        table.fill(
+            samples,
+            logprobs,
+            rank=self.rank,
+            world_size=self.world_size,
+            microbatch_size=self.config.learner.microbatch_size,
+        )
+        return table
+
+    def _forward(self, model: Callable[..., object], batch: TensorBatch) -> tuple[Tensor, Tensor]:
+        return token_logprobs_and_entropy(model, batch.input_ids, batch.attention_mask, self.config.rollout.temperature)
+
+    def _skips(self, minibatch: _Minibatch, old: TokenTable | None, statistics: StepStatistics) -> bool:
+        """Whether a minibatch has nothing to train on, or its mean ratio is out of bounds (VinePPO's code)."""
+        if minibatch.counts.tokens == 0:
+            return True
+        limit = self.config.learner.loss.max_mean_ratio
+        if limit is None or old is None or statistics.optimizer_steps == 0:
+            return False
+        return self._mean_ratio(minibatch, old) > limit
+
+    @torch.no_grad()
+    def _mean_ratio(self, minibatch: _Minibatch, old: TokenTable) -> float:
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for microbatch in minibatch.microbatches:
+            batch = tensor_batch(minibatch.samples, microbatch, self.device)
+            logprobs, _ = self._forward(self.deepspeed, batch)
+            ratio = torch.exp(logprobs - old.rows(minibatch.batch_indices(microbatch)))
+            total += masked_sum(ratio, batch.loss_mask)
+        return sum_over_ranks(total).item() / minibatch.counts.tokens
+
+    def _optimize(
+        self, minibatch: _Minibatch, old: TokenTable | None, reference: TokenTable | None, statistics: StepStatistics
+    ) -> None:
+        for microbatch in minibatch.microbatches:
+            batch = tensor_batch(minibatch.samples, microbatch, self.device)
+            rows = minibatch.batch_indices(microbatch)
+            outcome, loss = self._loss(
+                batch,
+                minibatch.counts,
+                old=None if old is None else old.rows(rows),
+                reference=None if reference is None else reference.rows(rows),
+            )
+            # DeepSpeed averages gradients over ranks, while the loss already is a share of the whole minibatch.
+            self.deepspeed.backward(loss * self.world_size, scale_wrt_gas=False)
+            statistics.add(outcome)
+        learning_rate = self.deepspeed.get_lr()[0]
+        grad_norm = reduce_gradients(self.deepspeed)
+        self.deepspeed.step()
+        if grad_norm is None:
+            grad_norm = float(self.deepspeed.get_global_grad_norm())
+        statistics.add_step(grad_norm=grad_norm, learning_rate=learning_rate)
+
+    def _loss(
+        self, batch: TensorBatch, counts: GlobalCounts, *, old: Tensor | None, reference: Tensor | None
+    ) -> tuple[MicrobatchOutcome, Tensor]:
+        settings, kl = self.config.learner.loss, self.config.learner.kl
+        logprobs, entropy = self._forward(self.deepspeed, batch)
+        old = logprobs.detach() if old is None else old
+        per_token, clipped = clipped_surrogate(
+            logprobs, old, batch.advantages, clip_low=settings.clip_low, clip_high=settings.clip_high
+        )
+        policy_loss = AGGREGATIONS[settings.aggregation](per_token, batch.loss_mask, counts)
+        estimate, kl_loss = None, torch.zeros((), device=self.device)
+        if reference is not None:
+            estimate = kl_estimate(logprobs, reference, estimator=kl.estimator, clamp=kl.clamp)
+            kl_loss = kl.coefficient * AGGREGATIONS[kl.aggregation](estimate, batch.loss_mask, counts)
+        outcome = MicrobatchOutcome(
+            policy_loss=policy_loss.detach(),
+            kl_loss=kl_loss.detach(),
+            mask=batch.loss_mask,
+            logprobs=logprobs.detach(),
+            old_logprobs=old,
+            behavior_logprobs=batch.behavior_logprobs,
+            entropy=entropy,
+            clipped=clipped,
+            kl=None if estimate is None else estimate.detach(),
+        )
+        return outcome, policy_loss + kl_loss

@@ -1,0 +1,114 @@
+"""What a training step reports: sums and maxima collected per microbatch, reduced over ranks once at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learner.advantages import loss_token_advantages
+from learner.distributed import max_over_ranks, sum_over_ranks
+from learner.losses import masked_sum
+from ray_rl.types import TrainingSample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicrobatchOutcome:
+    """Detached results of one microbatch; all tensors [B, L - 1] but the losses."""
+
+    policy_loss: Tensor
+    """Scalar, share of the minibatch's."""
+    kl_loss: Tensor
+    """Scalar, share of the minibatch's, coefficient included; 0 without a reference."""
+    mask: Tensor
+    logprobs: Tensor
+    old_logprobs: Tensor
+    behavior_logprobs: Tensor
+    entropy: Tensor
+    clipped: Tensor
+    kl: Tensor | None
+    """Estimate per token; None without a reference."""
+
+
+class StepStatistics:
+    """Collects on one rank; `metrics` is a collective that every rank enters."""
+
+    _SUMS = ("policy_loss", "kl_loss", "tokens", "entropy", "clipped", "ratio", "mismatch", "kl")
+    _MAXIMA = ("ratio", "mismatch")
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = dict.fromkeys(self._SUMS, torch.zeros((), dtype=torch.float64, device=device))
+        self._maxima = dict.fromkeys(self._MAXIMA, torch.zeros((), dtype=torch.float64, device=device))
+        self._grad_norms: list[float] = []
+        self._learning_rate = 0.0
+        self._skipped = 0
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Minibatches that moved the weights so far."""
+        return len(self._grad_norms)
+
+    def add_step(self, *, grad_norm: float, learning_rate: float) -> None:
+        """One optimizer step was taken."""
+        self._grad_norms.append(grad_norm)
+        self._learning_rate = learning_rate
+
+    def add_skip(self) -> None:
+        """One minibatch was left out."""
+        self._skipped += 1
+
+    @torch.no_grad()
+    def add(self, outcome: MicrobatchOutcome) -> None:
+        """Count one microbatch of this rank."""
+        mask = outcome.mask
+        ratio = torch.exp(outcome.logprobs - outcome.old_logprobs)
+        mismatch = (outcome.old_logprobs - outcome.behavior_logprobs).abs()
+        found = {
+            "policy_loss": outcome.policy_loss,
+            "kl_loss": outcome.kl_loss,
+            "tokens": mask.sum(),
+            "entropy": masked_sum(outcome.entropy, mask),
+            "clipped": (outcome.clipped & mask).sum(),
+            "ratio": masked_sum(ratio, mask),
+            "mismatch": masked_sum(mismatch, mask),
+        }
+        if outcome.kl is not None:
+            found["kl"] = masked_sum(outcome.kl, mask)
+        for name, value in found.items():
+            self._sums[name] = self._sums[name] + value.double()
+        for name, values in (("ratio", ratio), ("mismatch", mismatch)):
+            self._maxima[name] = torch.maximum(self._maxima[name], torch.where(mask, values, 0.0).max().double())
+
+    def metrics(self, *, with_kl: bool) -> dict[str, float]:
+        """Means per loss token and per optimizer step, over all ranks, minibatches and epochs; names as users plot."""
+        sums = dict(zip(self._SUMS, sum_over_ranks(torch.stack(list(self._sums.values()))).tolist(), strict=True))
+        maxima = dict(zip(self._MAXIMA, max_over_ranks(torch.stack(list(self._maxima.values()))).tolist(), strict=True))
+        steps, tokens = max(self.optimizer_steps, 1), max(sums["tokens"], 1.0)
+        metrics = {
+            "loss/policy": sums["policy_loss"] / steps,
+            "loss/kl": sums["kl_loss"] / steps,
+            "loss/total": (sums["policy_loss"] + sums["kl_loss"]) / steps,
+            "policy/entropy": sums["entropy"] / tokens,
+            "policy/clip_fraction": sums["clipped"] / tokens,
+            "policy/ratio_mean": sums["ratio"] / tokens,
+            "policy/ratio_max": maxima["ratio"],
+            "policy/rollout_train_logprobs_abs_diff_mean": sums["mismatch"] / tokens,
+            "policy/rollout_train_logprobs_abs_diff_max": maxima["mismatch"],
+            "policy/grad_norm": sum(self._grad_norms) / steps,
+            "policy/lr": self._learning_rate,
+            "policy/skipped_minibatches": float(self._skipped),
+        }
+        return metrics | ({"policy/kl": sums["kl"] / tokens} if with_kl else {})
+
+
+def advantage_metrics(samples: Sequence[TrainingSample]) -> dict[str, float]:
+    """Over the loss tokens of the batch, before whitening; all ranks hold the whole batch."""
+    advantages = torch.tensor(loss_token_advantages(samples) or [0.0], dtype=torch.float64)
+    return {
+        "advantage/mean": advantages.mean().item(),
+        "advantage/std": advantages.std(correction=0).item(),
+        "advantage/fraction_nonzero": (advantages != 0).double().mean().item(),
+        "learner/tokens": float(sum(sample.loss_tokens for sample in samples)),
+    }

@@ -1,0 +1,1 @@
+"""ray-rl: reinforcement learning of language models with verifiable rewards, without a value network."""

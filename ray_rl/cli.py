@@ -1,0 +1,162 @@
+"""The commands. Heavy modules are imported inside them, so that `--help` and faults in a recipe answer at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from ray_rl.config import RunConfig, load_config, resolve_config
+from ray_rl.config.load import recipe_names, recipe_text
+from ray_rl.errors import ConfigError, RunError
+
+app = typer.Typer(
+    help="Reinforcement learning of language models with verifiable rewards: GRPO and VinePPO on Ray, vLLM, DeepSpeed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for instance rollout.group_size=4")
+]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="a shipped recipe's name or a YAML file")] = None,
+    overrides: Overrides = None,
+    run_dir: Annotated[Path | None, typer.Option(help="where the run lies; default runs/NAME-TIME")] = None,
+    resume: Annotated[Path | None, typer.Option(help="go on with this run, at its last checkpoint")] = None,
+) -> None:
+    """Train a policy; or go on with a run: train --resume RUN."""
+    from ray_rl.run_state import RunFolder, RunState
+
+    given = [*([recipe] if recipe else []), *(overrides or [])]
+    if resume:
+        if run_dir:
+            raise ConfigError("--run-dir: a resumed run stays in its folder; leave it out")
+        folder = RunFolder.open(resume)
+        config = resolve_config(folder.config_data(), given)
+        start = folder.latest_state()
+    else:
+        if not recipe:
+            raise ConfigError("train: name a recipe (ray-rl recipes lists them), or --resume RUN")
+        config = load_config(recipe, overrides or [])
+        folder = RunFolder.create(run_dir, config)
+        start = RunState.new(config.seed)
+    with folder.locked():
+        from ray_rl.launch import train as launch_train
+
+        report = launch_train(config, folder, start)
+    if report.interrupted:
+        raise typer.Exit(130)
+
+
+@app.command()
+def validate(
+    recipe: Annotated[str | None, typer.Argument(help="a shipped recipe's name or a YAML file")] = None,
+    overrides: Overrides = None,
+    json_schema: Annotated[
+        bool, typer.Option("--json-schema", help="print the JSON schema of recipes instead")
+    ] = False,
+) -> None:
+    """Check a recipe and print the resolved configuration."""
+    if json_schema:
+        typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+        return
+    if not recipe:
+        raise ConfigError("validate: name a recipe, or use --json-schema")
+    config = load_config(recipe, overrides or [])
+    typer.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), nl=False)
+
+
+@app.command()
+def evaluate(
+    source: Annotated[
+        str, typer.Argument(metavar="RECIPE|RUN", help="a recipe (its model as it is) or a run's folder")
+    ],
+    overrides: Overrides = None,
+    checkpoint: Annotated[int | None, typer.Option(help="of a run: this step's policy; default the newest")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write the numbers here")] = None,
+) -> None:
+    """Accuracy on the held-out problems: pass@1, greedy, and with evaluation.samples > 1 pass@k and majority@k."""
+    from ray_rl.run_state import RunFolder
+
+    if RunFolder.is_run(Path(source)):
+        folder = RunFolder.open(Path(source))
+        policy = folder.policy(checkpoint)
+        config = resolve_config(folder.config_data(), [*(overrides or []), f"model.path={policy}"])
+    elif checkpoint is not None:
+        raise ConfigError("--checkpoint: only a run has checkpoints")
+    else:
+        config = load_config(source, overrides or [])
+    from ray_rl.launch import evaluate_policy
+
+    metrics = evaluate_policy(config)
+    table = Table(title=f"{config.model.path}")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4g}")
+    Console().print(table)
+    if json_file:
+        json_file.write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a run's folder")],
+    directory: Annotated[Path, typer.Argument(help="must not exist yet")],
+    checkpoint: Annotated[int | None, typer.Option(help="this step's policy; default the newest")] = None,
+) -> None:
+    """Write a run's policy in Hugging Face format, for transformers and vLLM."""
+    import shutil
+
+    from ray_rl.run_state import RunFolder
+
+    policy = RunFolder.open(run).policy(checkpoint)
+    if directory.exists():
+        raise ConfigError(f"{directory}: exists already; name a new folder")
+    shutil.copytree(policy, directory)
+    typer.echo(f"{policy} -> {directory}")
+
+
+@app.command()
+def recipes() -> None:
+    """The recipes that ship with the package."""
+    for name in recipe_names():
+        first = next((line for line in recipe_text(name).splitlines() if line.startswith("#")), "#")
+        typer.echo(f"{name:20} {first.lstrip('# ')}")
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Run the benchmark suite: bench [CASE ...] [--json FILE]; bench --help lists the cases."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "benchmarks" / "__main__.py").is_file():
+        raise ConfigError(
+            f"bench: the suite lies in the repository's benchmarks/, which is not in {root}; use a checkout"
+        )
+    raise typer.Exit(
+        subprocess.run([sys.executable, "-m", "benchmarks", *context.args], cwd=root, check=False).returncode
+    )
+
+
+def main() -> None:
+    """Run the command line; the user's mistakes end with one line each and exit code 2."""
+    try:
+        app()
+    except RunError as error:
+        for line in str(error).splitlines():
+            typer.echo(f"error: {line}", err=True)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)

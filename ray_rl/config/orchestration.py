@@ -1,0 +1,71 @@
+"""The loops around rollouts and learner: batches, staleness, evaluation, checkpoints, records, Ray."""
+
+from pydantic import Field
+
+from ray_rl.config.section import Section
+
+
+class TrainingConfig(Section):
+    """How much is trained."""
+
+    steps: int = Field(100, ge=1)
+    """Training steps; each consumes prompts_per_step groups and publishes one policy version."""
+    prompts_per_step: int = Field(32, ge=1)
+    """Groups per training step."""
+    max_staleness: int = Field(0, ge=0)
+    """Largest number of policy versions between sampling and training. 0: strictly on-policy."""
+    shuffle: bool = True
+    """Visit the training problems in a seeded random order, another one each epoch."""
+
+
+class EvaluationConfig(Section):
+    """Accuracy on held-out problems."""
+
+    at_start: bool = True
+    at_end: bool = True
+    every: int = Field(0, ge=0)
+    """Also after every so many steps; 0: not in between."""
+    problems: int = Field(512, ge=1)
+    """Held-out problems, from the first; all there are when fewer."""
+    samples: int = Field(1, ge=1)
+    """Completions per problem at the sampling temperature; more than one gives pass@k and majority@k too."""
+    temperature: float = Field(1.0, gt=0)
+    greedy: bool = True
+    """Also one completion per problem without randomness (`eval/greedy`)."""
+
+
+class CheckpointConfig(Section):
+    """What allows a run to go on."""
+
+    every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0: only when the run ends or is interrupted."""
+    keep: int = Field(2, ge=1)
+    """Older ones are deleted."""
+
+
+class LoggingConfig(Section):
+    """What a run records besides metrics.jsonl."""
+
+    tensorboard: bool = True
+    groups_per_step: int = Field(2, ge=0)
+    """Groups per step written to groups.jsonl: those with the best and the worst mean reward first."""
+
+
+class RayConfig(Section):
+    """Which Ray the run uses."""
+
+    address: str = "local"
+    """`local` starts a private one, `auto` joins the one on this machine, or host:port. A Ray job always joins its cluster."""
+    num_cpus: int | None = Field(None, ge=1)
+    """CPUs a local Ray offers to actors. Unset: as many as the recipe's actors ask for, however many the machine has."""
+    object_store_mib: int = Field(512, ge=80)
+    """Shared memory of a local Ray's object store."""
+    placement_timeout: float = Field(300.0, gt=0)
+    """Seconds to wait for the resources of the actors before saying what is missing."""
+
+
+class RewardActorsConfig(Section):
+    """The reward actors; unused by rewards that run in place."""
+
+    actors: int = Field(1, ge=1)
+    cpus_per_actor: float = Field(0.5, ge=0)

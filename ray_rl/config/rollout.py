@@ -1,0 +1,44 @@
+"""The rollout actors: how many, what each may use, how they sample."""
+
+from pydantic import Field
+
+from ray_rl.config.section import Section
+
+
+class RolloutConfig(Section):
+    """Sampling, and the engines that do it."""
+
+    group_size: int = Field(8, ge=1)
+    """G, completions per prompt."""
+    max_tokens: int = Field(256, ge=1)
+    """Longest completion, in tokens. A continuation may use what its prefix has left of them."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature of completions and continuations; the learner divides its logits by the same."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling. Below 1 the learner's full-softmax log-probabilities differ from the sampling distribution."""
+    stop_token_ids: tuple[int, ...] = ()
+    """End a completion, besides the model's own end-of-sequence tokens."""
+    actors: int = Field(1, ge=1)
+    """Rollout actors, one engine each."""
+    cpus_per_actor: float = Field(1, gt=0)
+    """Ray CPUs of one actor, and (rounded down, at least 1) the threads of its engine on CPU."""
+    gpus_per_actor: float = Field(0, ge=0)
+    """Ray GPUs of one actor; 0 runs the engine on CPU."""
+    tensor_parallel: int = Field(1, ge=1)
+    """GPUs that share one engine's weights."""
+    kv_cache_gib: float | None = Field(None, gt=0)
+    """Memory of the key-value cache. Unset: 1 GiB on CPU, and on a GPU what `gpu_memory_share` leaves."""
+    gpu_memory_share: float = Field(0.85, gt=0, le=1)
+    """Share of each GPU's memory that an engine may take."""
+    block_size: int = Field(32, ge=1)
+    """Tokens per cache block; only whole blocks of a prefix are found again."""
+    max_sequences: int = Field(256, ge=1)
+    """Sequences an engine runs at once."""
+    enforce_eager: bool | None = None
+    """No graph capture. Unset: eager on CPU (exact log-probabilities, quick start), captured on GPU."""
+    groups_in_flight: int = Field(16, ge=1)
+    """Groups that one actor works on at once; keeps its engine's batch full."""
+    start_timeout: float = Field(600.0, gt=0)
+    """Seconds an actor may take to load its engine."""
+    group_timeout: float = Field(1800.0, gt=0)
+    """Seconds one group may take from prompt to values."""

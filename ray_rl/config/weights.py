@@ -1,0 +1,34 @@
+"""How new weights travel from the learner to the engines."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ray_rl.config.section import Section
+
+
+class WeightSection(Section):
+    """What every transport shares."""
+
+    timeout: float = Field(600.0, gt=0)
+    """Seconds one publication to all engines may take."""
+    probe_tolerance: float | None = Field(None, gt=0)
+    """Largest difference between engine and learner in a log-probability of the probe prompt. Unset: 1e-4 in float32,
+    0.25 in 16-bit formats, whose rounding differs between the two."""
+
+
+class ObjectStoreWeights(WeightSection):
+    """Ray's object store, then one shared-memory file per node that all its engines map. Any network, CPU and GPU."""
+
+    kind: Literal["object_store"] = "object_store"
+    chunk_mib: int = Field(512, ge=1)
+    """Size of one object in the store."""
+
+
+class NcclWeights(WeightSection):
+    """vLLM's NCCL broadcast from the learner's first rank to all engines; GPUs only."""
+
+    kind: Literal["nccl"] = "nccl"
+
+
+WeightsConfig = Annotated[ObjectStoreWeights | NcclWeights, Field(discriminator="kind")]

@@ -1,0 +1,127 @@
+"""What a person sees while a run goes on, and at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ray_rl.run_report import RunReport
+
+
+class ProgressView(Protocol):
+    """Where the orchestrator reports."""
+
+    def phase(self, text: str) -> None:
+        """Something long begins."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A training step is done."""
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """An evaluation is done."""
+
+    def warn(self, text: str) -> None:
+        """Something that the user should know."""
+
+
+class ConsoleProgress:
+    """A live bar on a terminal; a line per event elsewhere."""
+
+    def __init__(self, total_steps: int, first_step: int = 0, console: Console | None = None) -> None:
+        """Show steps `first_step` to `total_steps`."""
+        self._console = console or Console()
+        self._total = total_steps
+        self._first = first_step
+        self._started: float | None = None
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=False,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=total_steps, completed=first_step, numbers="")
+
+    def __enter__(self) -> ConsoleProgress:
+        """Start the live display."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the last state on the screen."""
+        self._bar.stop()
+
+    def phase(self, text: str) -> None:
+        """Show what is being done."""
+        self._bar.update(self._task, description=text)
+        if not self._console.is_terminal:
+            self._console.print(text)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show step, reward, accuracy, tokens per second and time left."""
+        now = time.monotonic()
+        duration = metrics.get("timing/step", 0.0)
+        if self._started is None:
+            self._started = now - duration
+        left = (self._total - step) * (now - self._started) / max(step - self._first, 1)
+        numbers = (
+            f"reward {metrics['reward/mean']:.3f}  accuracy {metrics['reward/accuracy']:.3f}  "
+            f"{metrics['perf/tokens_per_second']:,.0f} tok/s  {duration:.1f} s/step  left {_clock(left)}"
+        )
+        self._bar.update(self._task, description="training", completed=step, numbers=numbers)
+        if not self._console.is_terminal:
+            self._console.print(f"step {step}/{self._total}  {numbers}", soft_wrap=True)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show an evaluation's accuracies."""
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if _is_accuracy(name))
+        self._console.print(f"evaluation after step {step}: {shown}", soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Show a warning."""
+        self._console.print(f"[yellow]warning[/yellow]: {text}", soft_wrap=True)
+
+    def report(self, report: RunReport) -> None:
+        """The table at the end."""
+        self._console.print(_report_table(report))
+        for line in report.next_steps:
+            self._console.print(line, soft_wrap=True, highlight=False)
+
+
+def _report_table(report: RunReport) -> Table:
+    table = Table(title=f"{report.name}: {report.steps} steps", show_header=True, title_justify="left")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for name in [name for name in report.evaluation_after if _is_accuracy(name)]:
+        before = report.evaluation_before.get(name)
+        table.add_row(name, "" if before is None else f"{before:.3f}", f"{report.evaluation_after[name]:.3f}")
+    table.add_section()
+    table.add_row("completion tokens", "", f"{report.primary_tokens:,}")
+    table.add_row("continuation tokens", "", f"{report.continuation_tokens:,}")
+    for phase, seconds in report.seconds.items():
+        table.add_row(f"time: {phase}", "", f"{seconds:.1f} s")
+    if report.peak_bytes:
+        table.add_row("peak memory, all processes", "", f"{report.peak_bytes / 2**30:.1f} GiB")
+    table.add_section()
+    table.add_row("run folder", "", report.folder)
+    return table
+
+
+def _is_accuracy(name: str) -> bool:
+    return name == "eval/greedy" or name.startswith(("eval/pass@", "eval/majority@"))
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,30 @@
+"""What a run was, in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, kw_only=True)
+class RunReport:
+    """Filled while a run goes on; printed and written to report.json at its end."""
+
+    name: str
+    folder: str
+    steps: int = 0
+    """Steps done, in all sittings of the run."""
+    interrupted: bool = False
+    evaluation_before: Mapping[str, float] = field(default_factory=dict)
+    evaluation_after: Mapping[str, float] = field(default_factory=dict)
+    primary_tokens: int = 0
+    """Tokens of completions generated for training, in this sitting."""
+    continuation_tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Phase -> seconds, in this sitting."""
+    peak_bytes: int = 0
+    next_steps: list[str] = field(default_factory=list)
+
+    def spend(self, phase: str, seconds: float) -> None:
+        """Add to the time of a phase."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds

@@ -1,0 +1,119 @@
+import asyncio
+
+import pytest
+
+from actors.pool import ActorDied, ActorPool, NoActorsLeft
+from ray_rl.deadlines import DeadlineExceeded
+from ray_rl.protocols import PublishedWeights
+from ray_rl.weight_manifest import WeightTransferError
+from tests.fakes import collected, prompt
+
+
+class Actor:
+    """A pretended rollout actor: answers after `seconds`, dies on demand."""
+
+    def __init__(self, index: int, seconds: float = 0.0) -> None:
+        self.name = f"actor {index}"
+        self.seconds = seconds
+        self.alive = True
+        self.served: list[int] = []
+        self.discarded: list[int] = []
+        self.difference: float | None = 1e-7
+
+    async def _work(self) -> None:
+        await asyncio.sleep(self.seconds)
+        if not self.alive:
+            raise ActorDied(f"{self.name} is gone")
+
+    async def start(self) -> None:
+        await self._work()
+
+    async def collect(self, prompt):
+        await self._work()
+        self.served.append(prompt.position)
+        return collected(prompt.position, version=0)
+
+    async def evaluate(self, prompt, samples, temperature):
+        await self._work()
+        return ()
+
+    async def publish(self, weights: PublishedWeights) -> float:
+        await self._work()
+        if self.difference is None:
+            raise WeightTransferError("probe")
+        return self.difference
+
+    async def discard_weights(self, version: int) -> None:
+        await self._work()
+        self.discarded.append(version)
+
+    async def shutdown(self) -> None:
+        self.alive = False
+
+
+def make_pool(actors: list[Actor], **changes) -> ActorPool:
+    limits = {"groups_in_flight": 2, "start_timeout": 1, "group_timeout": 1, "publish_timeout": 1} | changes
+    return ActorPool(lambda index: actors[index], len(actors), **limits)
+
+
+async def test_load_and_not_turn_decides():
+    slow, fast = Actor(0, seconds=0.2), Actor(1, seconds=0.001)
+    pool = make_pool([slow, fast])
+    first = asyncio.create_task(pool.collect(prompt(0)))
+    await asyncio.sleep(0)
+    for position in range(1, 6):
+        await pool.collect(prompt(position))
+    await first
+    assert slow.served == [0]
+    assert fast.served == [1, 2, 3, 4, 5]
+
+
+async def test_a_dead_actors_prompt_goes_to_another_one():
+    actors = [Actor(0), Actor(1)]
+    pool = make_pool(actors)
+    actors[0].alive = False
+    groups = [await pool.collect(prompt(position)) for position in range(3)]
+    assert [group.prompt.position for group in groups] == [0, 1, 2]
+    assert actors[1].served == [0, 1, 2]
+    assert pool.capacity == 2
+
+
+async def test_no_actor_left_is_said_and_not_waited_for():
+    actors = [Actor(0)]
+    pool = make_pool(actors)
+    actors[0].alive = False
+    with pytest.raises(NoActorsLeft):
+        await pool.collect(prompt(0))
+
+
+async def test_every_wait_has_a_deadline_that_names_what():
+    pool = make_pool([Actor(0, seconds=5)], group_timeout=0.01, start_timeout=0.01)
+    with pytest.raises(DeadlineExceeded, match="actor 0 to load its engine"):
+        await pool.start()
+    with pytest.raises(DeadlineExceeded, match=r"group of prompt 7:p7 from actor 0"):
+        await pool.collect(prompt(7))
+
+
+async def test_publication_reports_the_worst_probe_and_discards_the_files():
+    actors = [Actor(0), Actor(1)]
+    actors[1].difference = 3e-6
+    metrics = await make_pool(actors).publish(PublishedWeights(version=4, payload=None))
+    assert metrics["weights/probe_max_abs_diff"] == 3e-6
+    assert [actor.discarded for actor in actors] == [[4], [4]]
+
+
+async def test_a_failed_proof_stops_the_publication_and_still_discards_the_files():
+    actors = [Actor(0), Actor(1)]
+    actors[0].difference = None
+    with pytest.raises(WeightTransferError):
+        await make_pool(actors).publish(PublishedWeights(version=4, payload=None))
+    assert [actor.discarded for actor in actors] == [[4], [4]]
+
+
+async def test_an_actor_that_dies_while_weights_arrive_is_left_out():
+    actors = [Actor(0), Actor(1)]
+    pool = make_pool(actors)
+    actors[0].alive = False
+    await pool.publish(PublishedWeights(version=1, payload=None))
+    await pool.collect(prompt(0))
+    assert actors[1].served == [0]

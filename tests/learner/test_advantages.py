@@ -1,0 +1,227 @@
+import math
+from fractions import Fraction
+from statistics import mean, pstdev, variance
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from learner.advantages import (
+    ADVANTAGES,
+    broadcast_to_tokens,
+    centered,
+    group_relative,
+    leave_one_out,
+    segment_advantages,
+    training_samples,
+    whiten,
+)
+from ray_rl.config.advantage import DrGrpoAdvantage, GrpoAdvantage, RlooAdvantage, VineppoAdvantage
+from ray_rl.types import (
+    Completion,
+    GroupCost,
+    Problem,
+    Prompt,
+    Reward,
+    StateValue,
+    TrainingSample,
+    Trajectory,
+    TrajectoryGroup,
+    VersionSpan,
+)
+
+finite = st.floats(min_value=-100, max_value=100)
+
+
+def make_trajectory(tokens, reward, *, boundaries=None, values=(), failure=None):
+    boundaries = boundaries or (0, len(tokens))
+    counts = [3 if value is not None else 0 for value in values]
+    return Trajectory(
+        completion=Completion(
+            token_ids=tuple(tokens),
+            behavior_logprobs=tuple(-0.1 * (k + 1) for k in range(len(tokens))),
+            versions=(VersionSpan(version=0, start=0, end=len(tokens)),),
+            finish_reason="stop",
+        ),
+        text="",
+        reward=Reward(value=reward, failure=failure),
+        boundaries=boundaries,
+        values=tuple(
+            StateValue(boundary=b, mean=math.nan if v is None else v, stderr=0.1, count=n)
+            for b, v, n in zip(boundaries, values, counts, strict=False)
+        ),
+    )
+
+
+def make_group(*trajectories):
+    return TrajectoryGroup(
+        prompt=Prompt(problem=Problem(problem_id="p", prompt="?", answer="!"), position=0, token_ids=(1, 2)),
+        trajectories=trajectories,
+        continuations=(),
+        cost=GroupCost(
+            primary_tokens=0, continuation_tokens=0, states=0, prefix_tokens=0, cached_prefix_tokens=0, seconds=0.0
+        ),
+    )
+
+
+def test_group_relative_of_two_right_out_of_eight_by_hand():
+    # mean 1/4, population std sqrt(3)/4: a right answer gets sqrt(3), a wrong one -1/sqrt(3).
+    advantages = group_relative([1, 1, 0, 0, 0, 0, 0, 0])
+    assert advantages[:2] == pytest.approx([math.sqrt(3)] * 2, rel=1e-5)
+    assert advantages[2:] == pytest.approx([-1 / math.sqrt(3)] * 6, rel=1e-5)
+
+
+def test_centered_and_leave_one_out_by_hand():
+    assert centered([1.0, 0.0, 0.0, 1.0]) == [0.5, -0.5, -0.5, 0.5]
+    assert leave_one_out([1.0, 0.0, 0.0, 1.0]) == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3])
+    assert leave_one_out([3.0, 1.0, 2.0]) == pytest.approx([3 - 1.5, 1 - 2.5, 2 - 2.0])
+
+
+@given(st.lists(finite, min_size=2, max_size=12))
+def test_leave_one_out_is_the_reward_minus_the_mean_of_the_others(rewards):
+    others = [mean(rewards[:i] + rewards[i + 1 :]) for i in range(len(rewards))]
+    assert leave_one_out(rewards) == pytest.approx([r - o for r, o in zip(rewards, others, strict=True)], abs=1e-9)
+
+
+@given(st.lists(finite, min_size=1, max_size=12))
+def test_group_relative_divides_by_the_population_deviation(rewards):
+    expected = [(r - mean(rewards)) / (pstdev(rewards) + 1e-6) for r in rewards]
+    assert group_relative(rewards) == pytest.approx(expected, abs=1e-5)
+
+
+@given(finite, st.integers(1, 9))
+def test_equal_rewards_teach_group_relative_advantages_nothing(reward, count):
+    for rule in (group_relative, centered, leave_one_out):
+        assert rule([reward] * count) == [0.0] * count
+
+
+def test_segment_advantages_by_hand():
+    assert segment_advantages([0.5, 0.75, 0.25], 1.0) == [0.25, -0.5, 0.75]
+    assert segment_advantages([0.5], 0.0) == [-0.5]
+
+
+@given(st.lists(finite, min_size=1, max_size=30), finite)
+def test_segment_advantages_sum_to_the_surprise(values, reward):
+    assert sum(segment_advantages(values, reward)) == pytest.approx(reward - values[0], abs=1e-9)
+
+
+@given(st.lists(st.tuples(finite, st.integers(1, 5)), min_size=1, max_size=8))
+def test_every_token_takes_the_advantage_of_its_segment(segments):
+    boundaries = [0]
+    for _, length in segments:
+        boundaries.append(boundaries[-1] + length)
+    tokens = broadcast_to_tokens([a for a, _ in segments], boundaries)
+    assert len(tokens) == boundaries[-1]
+    for (advantage, _), start, end in zip(segments, boundaries, boundaries[1:], strict=False):
+        assert set(tokens[start:end]) == {advantage}
+
+
+def expected_square(q, n, continuations=None):
+    """Sum over segments of E[A^2] for a chain that is right only if each of n segments is (probability q each).
+
+    Exact: all outcomes are enumerated, and with K continuations all counts of successes at the two states of each segment
+    (independent estimates). The chain stays at value 0 after its first error, where estimates are exact.
+    """
+    total = 0.0
+    for wrong_at in range(n + 1):  # n: never
+        probability = q**wrong_at * (1 - q if wrong_at < n else 1)
+        values = [q ** (n - k) if k <= wrong_at else 0.0 for k in range(n)]
+        reward = 1.0 if wrong_at == n else 0.0
+        exact = segment_advantages(values, reward)
+        if continuations is None:
+            total += probability * sum(a * a for a in exact)
+            continue
+        for k in range(n):
+            after = [(reward, 1.0)] if k == n - 1 else estimates(values[k + 1], continuations)
+            for before, p_before in estimates(values[k], continuations):
+                for next_value, p_after in after:
+                    # Two states: the segment itself and what follows, so the estimate of the next one takes the reward's place.
+                    (advantage,) = segment_advantages([before], next_value)
+                    total += probability * p_before * p_after * advantage**2
+    return total
+
+
+def estimates(p, k):
+    if p == 0.0:
+        return [(0.0, 1.0)]
+    return [(s / k, math.comb(k, s) * p**s * (1 - p) ** (k - s)) for s in range(k + 1)]
+
+
+def broadcast_square(q, n):
+    success = Fraction(q) ** n
+    return sum(float(p) * sum(a * a for a in [float(r - success)] * n) for r, p in ((1, success), (0, 1 - success)))
+
+
+@pytest.mark.parametrize(
+    ("n", "broadcast", "exact", "k9", "k3", "k1"),
+    [(10, 2.271, 0.227, 0.523, 1.113, 2.886), (5, 1.209, 0.242, 0.387, 0.679, 1.552)],
+)
+def test_second_moments_of_the_chain_of_segments(n, broadcast, exact, k9, k3, k1):
+    q = 0.9
+    assert broadcast_square(q, n) == pytest.approx(broadcast, abs=5e-4)
+    assert expected_square(q, n) == pytest.approx(exact, abs=5e-4)
+    assert expected_square(q, n, 9) == pytest.approx(k9, abs=5e-4)
+    assert expected_square(q, n, 3) == pytest.approx(k3, abs=5e-4)
+    assert expected_square(q, n, 1) == pytest.approx(k1, abs=5e-4)
+
+
+def test_samples_carry_prompt_and_completion_and_train_the_completion_only():
+    group = make_group(make_trajectory([5, 6, 7], 1.0), make_trajectory([8], 0.0))
+    first, second = training_samples(group, DrGrpoAdvantage())
+    assert first == TrainingSample(
+        token_ids=(1, 2, 5, 6, 7),
+        loss_mask=(False, False, True, True, True),
+        behavior_logprobs=(0.0, 0.0, -0.1, -0.2, -0.1 * 3),
+        advantages=(0.0, 0.0, 0.5, 0.5, 0.5),
+    )
+    assert second.advantages == (0.0, 0.0, -0.5)
+
+
+def test_vineppo_gives_each_segment_its_own_and_the_last_token_the_last_ones():
+    group = make_group(make_trajectory([5, 6, 7, 0], 1.0, boundaries=(0, 1, 4), values=(0.5, 0.25)))
+    (sample,) = training_samples(group, VineppoAdvantage())
+    assert sample.advantages == (0.0, 0.0, -0.25, 0.75, 0.75, 0.75)
+
+
+def test_a_failed_grading_neither_trains_nor_moves_the_baseline_of_its_group():
+    graded = [make_trajectory([5], 1.0), make_trajectory([6], 0.0)]
+    failed = make_trajectory([7, 8], -1.0, failure="timeout after 5.0 s")
+    for config in (GrpoAdvantage(), DrGrpoAdvantage(), RlooAdvantage()):
+        alone = training_samples(make_group(*graded), config)
+        with_failure = training_samples(make_group(graded[0], failed, graded[1]), config)
+        assert [with_failure[0], with_failure[2]] == alone
+        assert with_failure[1].loss_tokens == 0
+        assert set(with_failure[1].advantages) == {0.0}
+
+
+def test_a_state_without_a_graded_continuation_joins_its_neighbours():
+    group = make_group(make_trajectory([5, 6, 7], 1.0, boundaries=(0, 1, 2, 3), values=(0.5, None, 0.75)))
+    assert ADVANTAGES["vineppo"](group) == [(0.25, 0.25, 0.25)]
+    group = make_group(make_trajectory([5, 6, 7], 1.0, boundaries=(0, 1, 2, 3), values=(None, 0.5, 0.75)))
+    assert training_samples(group, VineppoAdvantage())[0].loss_tokens == 0
+
+
+def test_vineppo_refuses_a_trajectory_without_values():
+    with pytest.raises(ValueError, match="0 state values for 1 segments"):
+        training_samples(make_group(make_trajectory([5], 1.0)), VineppoAdvantage())
+
+
+@given(st.lists(st.lists(finite, min_size=1, max_size=6), min_size=1, max_size=6))
+def test_whitening_gives_mean_zero_and_unbiased_variance_one_over_loss_tokens(rows):
+    samples = [
+        TrainingSample(
+            token_ids=(1,) * (len(row) + 1),
+            loss_mask=(False,) + (True,) * len(row),
+            behavior_logprobs=(0.0,) * (len(row) + 1),
+            advantages=(0.0, *row),
+        )
+        for row in rows
+    ]
+    flat = [a for row in rows for a in row]
+    result = [a for sample in whiten(samples) for a in sample.advantages[1:]]
+    assert all(sample.advantages[0] == 0.0 for sample in whiten(samples))
+    if len(flat) == 1:
+        assert result == flat
+    elif variance(flat) > 1e-3:
+        assert mean(result) == pytest.approx(0, abs=1e-6)
+        assert variance(result) == pytest.approx(1, rel=1e-4)

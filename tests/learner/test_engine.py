@@ -1,0 +1,273 @@
+"""The learner's engine in this process: real DeepSpeed, one rank, a tiny Llama."""
+
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from learner.checkpoint import CheckpointError, export_model, load_checkpoint, save_checkpoint
+from learner.engine import LearnerEngine
+from ray_rl.config import resolve_config
+from ray_rl.types import TrainingSample
+
+VOCABULARY = 40
+PROMPT = 4
+
+
+def tiny_model(folder, *, tied=True, seed=0):
+    torch.manual_seed(seed)
+    shape = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("policy"))
+
+
+def make_samples(count=8, seed=0, advantage=None):
+    """Completions of 3 to 12 tokens; advantages alternate in sign unless one is given."""
+    draw = random.Random(seed)
+    samples = []
+    for index in range(count):
+        length = draw.randint(3, 12)
+        value = (1.0 if index % 2 else -0.5) if advantage is None else advantage
+        samples.append(
+            TrainingSample(
+                token_ids=tuple(draw.randrange(VOCABULARY) for _ in range(PROMPT + length)),
+                loss_mask=(False,) * PROMPT + (True,) * length,
+                behavior_logprobs=(0.0,) * PROMPT + (-3.0,) * length,
+                advantages=(0.0,) * PROMPT + (value,) * length,
+            )
+        )
+    return samples
+
+
+def make_engine(model_path, *overrides):
+    ours = ["training.prompts_per_step=1", "learner.optimizer.lr=1e-3", "learner.microbatch_size=3"]
+    return LearnerEngine(resolve_config({}, [*ours, *overrides]), model_path, 0, 1)
+
+
+def weights(engine):
+    return {name: tensor.clone() for name, tensor in engine.named_parameters_gathered()}
+
+
+def largest_difference(left, right):
+    assert left.keys() == right.keys()
+    return max((left[name] - right[name]).abs().max().item() for name in left)
+
+
+def completion_logprob(engine, sample):
+    return sum(engine.logprobs(sample.token_ids)[PROMPT - 1 :])
+
+
+def test_logprobs_are_those_of_the_model_in_transformers(model_path):
+    tokens = make_samples(1)[0].token_ids
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
+    expected = expected[range(len(tokens) - 1), list(tokens[1:])]
+    assert make_engine(model_path).logprobs(tokens) == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_a_step_follows_plain_pytorch(model_path):
+    """Padding, microbatches, gradient norm, clipping and AdamW against a loop over single sequences."""
+    samples = make_samples()
+    engine = make_engine(model_path, "rollout.temperature=0.7", "learner.optimizer.grad_clip=0.5")
+    metrics = engine.train(samples, 0)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    total = sum(sample.loss_tokens for sample in samples)
+    entropy = 0.0
+    for sample in samples:
+        distribution = torch.log_softmax(model(torch.tensor([sample.token_ids])).logits[0, :-1] / 0.7, dim=-1)
+        chosen = distribution[range(len(sample.token_ids) - 1), list(sample.token_ids[1:])]
+        # At the policy that is its own old one the surrogate's gradient is that of -A log pi.
+        (-(chosen * torch.tensor(sample.advantages[1:])).sum() / total).backward()
+        entropy -= (distribution.exp() * distribution).sum(-1)[PROMPT - 1 :].sum().item() / total
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    optimizer.step()
+    assert metrics["policy/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert metrics["policy/grad_norm"] > 0.5
+    assert metrics["policy/entropy"] == pytest.approx(entropy, rel=1e-4)
+    assert largest_difference(weights(engine), dict(model.named_parameters())) < 1e-5
+
+
+def test_the_policy_moves_towards_praised_and_away_from_blamed_completions(model_path):
+    engine, samples = make_engine(model_path), make_samples(2)
+    before = [completion_logprob(engine, sample) for sample in samples]
+    for step in range(3):
+        engine.train(samples, step)
+    after = [completion_logprob(engine, sample) for sample in samples]
+    assert after[0] < before[0]
+    assert after[1] > before[1] + 0.1
+
+
+def test_one_minibatch_is_exactly_on_policy(model_path):
+    metrics = make_engine(model_path).train(make_samples(), 0)
+    assert metrics["policy/ratio_mean"] == 1.0
+    assert metrics["policy/ratio_max"] == 1.0
+    assert metrics["policy/clip_fraction"] == 0.0
+
+
+def test_later_minibatches_see_a_ratio_against_the_start_of_the_step(model_path):
+    two = make_engine(model_path, "learner.minibatch_size=4", "learner.epochs=2").train(make_samples(), 0)
+    assert two["policy/ratio_max"] > 1.01
+    assert two["policy/ratio_mean"] != 1.0
+
+
+def test_the_first_of_several_minibatches_is_on_policy_too(model_path):
+    """Its ratios are 1 against the log-probabilities that were computed beforehand, in other microbatches."""
+    samples = make_samples()
+    alone = make_engine(model_path)
+    alone.train(samples, 0)
+    twice = make_engine(model_path, "learner.epochs=2", "learner.optimizer.lr=1e-12")
+    metrics = twice.train(samples, 0)
+    assert metrics["policy/ratio_max"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_mismatch_with_the_engine_is_measured_against_the_old_policy(model_path):
+    samples = make_samples()
+    engine = make_engine(model_path)
+    old = [engine.logprobs(sample.token_ids)[PROMPT - 1 :] for sample in samples]
+    differences = [abs(value + 3.0) for row in old for value in row]
+    for overrides in ((), ("learner.minibatch_size=4",)):
+        metrics = make_engine(model_path, *overrides).train(samples, 0)
+        mean = metrics["policy/rollout_train_logprobs_abs_diff_mean"]
+        assert mean == pytest.approx(sum(differences) / len(differences), rel=1e-4)
+        assert metrics["policy/rollout_train_logprobs_abs_diff_max"] == pytest.approx(max(differences), rel=1e-4)
+
+
+def test_a_penalty_on_divergence_holds_the_policy_back(model_path):
+    samples = make_samples()
+    free = make_engine(model_path)
+    held = make_engine(model_path, "learner.kl.coefficient=100")
+    for step in range(3):
+        free.train(samples, step)
+        metrics = held.train(samples, step)
+    start = make_engine(model_path)
+    moved = [
+        sum(abs(completion_logprob(engine, s) - completion_logprob(start, s)) for s in samples)
+        for engine in (free, held)
+    ]
+    assert moved[1] < moved[0]
+    assert metrics["policy/kl"] > 0
+    assert metrics["loss/kl"] == pytest.approx(100 * metrics["policy/kl"], rel=1e-5)
+
+
+def test_a_minibatch_beyond_the_mean_ratio_is_skipped(model_path):
+    overrides = ("learner.epochs=4", "learner.optimizer.lr=0.05", "learner.loss.max_mean_ratio=1.0001")
+    engine = make_engine(model_path, *overrides)
+    metrics = engine.train(make_samples(advantage=1.0), 0)
+    assert metrics["policy/skipped_minibatches"] == 3.0
+
+
+def test_a_batch_without_loss_tokens_moves_nothing(model_path):
+    engine = make_engine(model_path)
+    before = weights(engine)
+    blank = [
+        TrainingSample(
+            token_ids=s.token_ids,
+            loss_mask=(False,) * len(s.token_ids),
+            behavior_logprobs=(0.0,) * len(s.token_ids),
+            advantages=(0.0,) * len(s.token_ids),
+        )
+        for s in make_samples()
+    ]
+    metrics = engine.train(blank, 0)
+    assert metrics["policy/skipped_minibatches"] == 1.0
+    assert largest_difference(weights(engine), before) == 0.0
+
+
+def test_the_learning_rate_warms_up_and_falls(model_path):
+    overrides = ("training.steps=6", "learner.optimizer.warmup_share=0.34", "learner.optimizer.schedule=linear")
+    engine = make_engine(model_path, *overrides)
+    rates = [engine.train(make_samples(2), step)["policy/lr"] for step in range(6)]
+    assert rates == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+@pytest.mark.parametrize("overrides", [("learner.zero_stage=0",), ("learner.zero_stage=1", "model.dtype=bfloat16")])
+def test_a_restored_learner_goes_on_as_if_nothing_had_happened(model_path, tmp_path, overrides):
+    overrides = (*overrides, "learner.optimizer.schedule=linear", "training.steps=4", "learner.minibatch_size=4")
+    first = make_engine(model_path, *overrides)
+    for step in range(2):
+        first.train(make_samples(seed=step), step)
+    save_checkpoint(first, tmp_path / "checkpoint")
+    saved = weights(first)
+    second = make_engine(model_path, *overrides)
+    load_checkpoint(second, tmp_path / "checkpoint")
+    assert largest_difference(weights(second), saved) == 0.0
+    for step in range(2, 4):
+        assert first.train(make_samples(seed=step), step) == second.train(make_samples(seed=step), step)
+    assert largest_difference(weights(first), weights(second)) == 0.0
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_missing_checkpoint_is_named(model_path, tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint of a learner here"):
+        load_checkpoint(make_engine(model_path), tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_export_loads_in_transformers_with_equal_logprobs(tmp_path, tied):
+    source = tiny_model(tmp_path / "source", tied=tied)
+    engine = make_engine(source)
+    engine.train(make_samples(), 0)
+    export_model(engine, source, tmp_path / "final")
+    assert (tmp_path / "final" / "tokenizer.json").read_text() == "{}"
+    tokens = make_samples(1)[0].token_ids
+    reloaded = make_engine(tmp_path / "final")
+    assert reloaded.logprobs(tokens) == pytest.approx(engine.logprobs(tokens), abs=1e-6)
+    assert ("lm_head.weight" in weights(engine)) is not tied
+
+
+def test_an_interrupted_write_leaves_the_older_folder(model_path, tmp_path, monkeypatch):
+    engine = make_engine(model_path)
+    save_checkpoint(engine, tmp_path / "checkpoint")
+    kept = sorted(path.name for path in (tmp_path / "checkpoint").rglob("*"))
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(engine.deepspeed, "save_checkpoint", fail)
+    for name in ("checkpoint", "new"):
+        with pytest.raises(OSError, match="disk full"):
+            save_checkpoint(engine, tmp_path / name)
+    assert sorted(path.name for path in (tmp_path / "checkpoint").rglob("*")) == kept
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("whiten", ["batch", "minibatch"])
+def test_whitened_advantages_ignore_shift_and_scale(model_path, whiten):
+    engines = [make_engine(model_path, f"advantage.whiten={whiten}") for _ in range(2)]
+    plain = make_samples()
+    scaled = [
+        TrainingSample(
+            token_ids=s.token_ids,
+            loss_mask=s.loss_mask,
+            behavior_logprobs=s.behavior_logprobs,
+            advantages=tuple(3 * a + 1 if m else 0.0 for a, m in zip(s.advantages, s.loss_mask, strict=True)),
+        )
+        for s in plain
+    ]
+    for engine, samples in zip(engines, (plain, scaled), strict=True):
+        engine.train(samples, 0)
+    assert largest_difference(weights(engines[0]), weights(engines[1])) < 1e-6
+
+
+def test_an_empty_batch_is_refused(model_path):
+    with pytest.raises(ValueError, match="empty batch"):
+        make_engine(model_path).train([], 0)

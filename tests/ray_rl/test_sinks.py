@@ -1,0 +1,95 @@
+"""What lands on disk, also after an interruption."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ray_rl.config.orchestration import LoggingConfig
+from ray_rl.sinks import JsonlSink, TensorBoardSink, make_sink
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_step_is_on_disk_before_the_sink_is_closed(tmp_path):
+    sink = JsonlSink(tmp_path / "m.jsonl")
+    sink.log(1, {"a": 0.5})
+    assert rows(tmp_path / "m.jsonl") == [{"step": 1, "a": 0.5}]
+
+
+def test_the_same_step_again_adds_to_its_line(tmp_path):
+    sink = JsonlSink(tmp_path / "m.jsonl")
+    sink.log(1, {"a": 1.0})
+    sink.log(2, {"a": 2.0, "b": 3.0})
+    sink.log(2, {"eval/pass@1": 0.5})
+    sink.log(3, {"a": 4.0})
+    assert rows(tmp_path / "m.jsonl") == [
+        {"step": 1, "a": 1.0},
+        {"step": 2, "a": 2.0, "b": 3.0, "eval/pass@1": 0.5},
+        {"step": 3, "a": 4.0},
+    ]
+
+
+def test_a_resumed_run_takes_back_what_its_checkpoint_does_not_hold(tmp_path):
+    path = tmp_path / "m.jsonl"
+    first = JsonlSink(path)
+    for step in range(6):
+        first.log(step, {"a": step})
+    first.close()
+    second = JsonlSink(path, resume_step=3)
+    second.log(4, {"a": 40.0})
+    assert [(row["step"], row["a"]) for row in rows(path)] == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 40.0)]
+
+
+def test_a_resumed_run_can_still_add_to_the_step_it_resumed_from(tmp_path):
+    path = tmp_path / "m.jsonl"
+    first = JsonlSink(path)
+    first.log(1, {"a": 1.0})
+    first.log(2, {"a": 2.0})
+    first.close()
+    JsonlSink(path, resume_step=2).log(2, {"b": 5.0})
+    assert rows(path) == [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0, "b": 5.0}]
+
+
+def test_a_line_that_was_cut_short_is_removed(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1, "a": 1.0}\n{"step": 2, "a')
+    JsonlSink(path, resume_step=5).log(2, {"a": 2.0})
+    assert rows(path) == [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0}]
+
+
+def test_numbers_that_json_does_not_know_become_null(tmp_path):
+    sink = JsonlSink(tmp_path / "m.jsonl")
+    sink.log(1, {"a": float("nan"), "b": float("inf")})
+    assert rows(tmp_path / "m.jsonl") == [{"step": 1, "a": None, "b": None}]
+
+
+def test_tensorboard_reads_the_scalars_back_and_hides_the_steps_that_were_done_again(tmp_path):
+    first = TensorBoardSink(tmp_path)
+    for step in (1, 2, 3):
+        first.log(step, {"reward/mean": float(step)})
+    first.close()
+    second = TensorBoardSink(tmp_path, resume_step=1)
+    second.log(2, {"reward/mean": 20.0})
+    second.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(1, 1.0), (2, 20.0)]
+
+
+def test_tensorboard_can_be_switched_off(tmp_path):
+    make_sink(tmp_path, LoggingConfig(tensorboard=False)).log(1, {"a": 1.0})
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_tensorboard_does_not_bring_torch_into_the_driver(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from ray_rl.sinks import TensorBoardSink\n"
+        f"sink = TensorBoardSink(Path({str(tmp_path)!r})); sink.log(1, {{'a': 1.0}}); sink.close()\n"
+        "sys.exit(bool({'torch', 'tensorflow'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
