@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
@@ -70,6 +71,9 @@ class Engine:
         )
         engine = cls(llm, config, eos_token_ids)
         await engine._label(0)
+        # What was loaded by now stays: walking through it would cost the collector half a second every few thousand
+        # tokens, in which nothing is sent to the engine.
+        gc.freeze()
         return engine
 
     @property
@@ -169,6 +173,7 @@ class Engine:
         with self._transfer(manifest.version):
             await self._control(self._update_weights(request), what=f"the engine to load version {manifest.version}")
             await self._label(manifest.version)
+        self._distrusted = None
 
     async def nccl(self, verb: NcclVerb, info: dict[str, Any]) -> None:
         """One step of vLLM's own NCCL transfer, driven by learner.weight_publisher.NcclPublisher.
@@ -196,6 +201,7 @@ class Engine:
             else:
                 await self._control(self._llm.finish_weight_update(), what=what)
                 await self._label(info["version"])
+                self._distrusted = None
                 await self.resume()
 
     async def prove(self, probe: Probe, tolerance: float) -> float:
@@ -226,6 +232,9 @@ class Engine:
         llm, self._engine = self._engine, None
         if llm is not None:
             llm.shutdown(timeout=shutdown_seconds(self._config))
+            # Its __del__ would shut down once more, in the ruins of an interpreter that is ending.
+            llm.shutdown = _nothing
+            gc.unfreeze()
 
     async def _update_weights(self, request: WeightTransferUpdateRequest) -> None:
         await self._llm.start_weight_update()
@@ -234,7 +243,7 @@ class Engine:
 
     @contextmanager
     def _transfer(self, version: int | str) -> Iterator[None]:
-        """While it runs the engine is paused; when it breaks off, nobody knows what the engine would sample from."""
+        """Part of a transfer; when it breaks off, nobody knows what the engine would sample from."""
         try:
             yield
         except BaseException as error:
@@ -243,7 +252,6 @@ class Engine:
             if type(error) is Exception:
                 raise WeightTransferError(self._distrusted) from error
             raise
-        self._distrusted = None
 
     @property
     def _llm(self) -> AsyncLLM:
@@ -298,6 +306,10 @@ def _load(args: dict[str, Any]) -> AsyncLLM:
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
     except RuntimeError as error:
         raise EngineDied(f"the engine did not start: {error}") from error
+
+
+def _nothing() -> None:
+    pass
 
 
 @contextmanager

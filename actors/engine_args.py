@@ -85,8 +85,8 @@ def prepare_environment(config: RunConfig) -> None:
 
 def shutdown_seconds(config: RunConfig) -> float:
     """How long an engine's process may take to end by itself before it is killed."""
-    # On CPU it would only collect garbage for seconds; on GPUs it ends its communicators.
-    return 10.0 if on_gpu(config) else 0.5
+    # On CPU it gives back its semaphores at once and then only collects garbage; on GPUs it ends its communicators.
+    return 10.0 if on_gpu(config) else 2.0
 
 
 def on_gpu(config: RunConfig) -> bool:

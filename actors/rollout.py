@@ -140,6 +140,7 @@ def _group(
 ) -> TrajectoryGroup:
     cost = GroupCost(
         primary_tokens=sum(len(trajectory.completion.token_ids) for trajectory in trajectories),
+        continuations=len(continuations),
         continuation_tokens=sum(len(continuation.completion.token_ids) for continuation in continuations),
         states=states,
         prefix_tokens=sum(len(prompt.token_ids) + continuation.boundary for continuation in continuations),
@@ -154,12 +155,11 @@ def _group(
 def summarize(group: TrajectoryGroup) -> GroupSummary:
     """What the driver may know of a group."""
     trajectories = group.trajectories
-    versions = [
-        span.version for sampled in (*trajectories, *group.continuations) for span in sampled.completion.versions
-    ]
+    sampled: list[Trajectory | Continuation] = [*trajectories, *group.continuations]
+    versions = [span.version for sample in sampled for span in sample.completion.versions]
     values = [value for trajectory in trajectories for value in trajectory.values if value.count]
     errors = [value.stderr for value in values if math.isfinite(value.stderr)]
-    gradings = [sampled for sampled in (*trajectories, *group.continuations) if sampled.completion.finished]
+    gradings = [sample for sample in sampled if sample.completion.finished]
     return GroupSummary(
         prompt_id=group.prompt.prompt_id,
         position=group.prompt.position,

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import ray
 from ray.exceptions import RayActorError
 
@@ -19,7 +18,7 @@ from actors.reward_actor import make_scorer
 from actors.rollout import Rollout, summarize
 from actors.weight_file import NodeWeightFile
 from ray_rl.config import RunConfig
-from ray_rl.deadlines import DeadlineExceeded, get, wait
+from ray_rl.deadlines import DeadlineExceeded, wait
 from ray_rl.protocols import CollectedGroup, PublishedWeights
 from ray_rl.tokenizer import load_tokenizer
 from ray_rl.types import GroupSummary, Prompt, ScoredSample, TrajectoryGroup
@@ -77,7 +76,7 @@ class RolloutActor:
         if isinstance(payload, Probe):
             return await self._engine.prove(payload, self._tolerance())
         await self._engine.pause()
-        path = await asyncio.to_thread(self._write_file, payload)
+        path = await asyncio.to_thread(self._write_file, payload, asyncio.get_running_loop())
         await self._engine.receive_weights(payload.manifest, path)
         await self._engine.resume()
         return await self._engine.prove(payload.probe, self._tolerance())
@@ -96,9 +95,12 @@ class RolloutActor:
             engine.shutdown()
         self._files.close()
 
-    def _write_file(self, payload: ObjectStorePayload) -> Path:
+    def _write_file(self, payload: ObjectStorePayload, loop: asyncio.AbstractEventLoop) -> Path:
+        """Runs in a thread: the engine goes on answering while hundreds of megabytes are written."""
         timeout = self._config.weights.timeout
-        return self._files.ensure(payload.manifest.version, lambda: _chunks(payload.chunks, timeout), timeout=timeout)
+        return self._files.ensure(
+            payload.manifest.version, lambda: _chunks(payload.chunks, loop, timeout), timeout=timeout
+        )
 
     def _tolerance(self) -> float:
         configured = self._config.weights.probe_tolerance
@@ -171,8 +173,8 @@ async def _result(ref: Awaitable[T]) -> T:
         raise ActorDied(str(error).splitlines()[0]) from error
 
 
-def _chunks(refs: Sequence[Any], timeout: float) -> Iterator[memoryview]:
-    """The published bytes, one object at a time."""
+def _chunks(refs: Sequence[Any], loop: asyncio.AbstractEventLoop, timeout: float) -> Iterator[memoryview]:
+    """The published bytes, one object at a time; only who writes the node's file asks for them."""
     for ref in refs:
-        chunk: np.ndarray = get(ref, timeout, what="a chunk of the new weights")
-        yield memoryview(chunk)
+        fetched = asyncio.run_coroutine_threadsafe(wait(ref, timeout, what="a chunk of the new weights"), loop)
+        yield memoryview(fetched.result())

@@ -94,7 +94,7 @@ class NodeWeightFile:
         # Only the holder of the lock writes, so what an earlier writer left half done is written over.
         partial = path.with_suffix(".partial")
         try:
-            with open(partial, "wb") as file:
+            with open(partial, "wb", opener=_private) as file:
                 for chunk in chunks:
                     file.write(chunk)
         except OSError as error:
@@ -151,6 +151,11 @@ def _remove_run(owners: Path) -> None:
     owners.unlink(missing_ok=True)
 
 
+def _private(path: str, flags: int) -> int:
+    # Weights are their owner's; the folder is everybody's.
+    return os.open(path, flags, 0o600)
+
+
 def _is_named(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
@@ -161,7 +166,7 @@ def _is_named(descriptor: int, path: Path) -> bool:
 @contextmanager
 def _exclusive(path: Path, timeout: float, *, what: str) -> Iterator[None]:
     deadline = time.monotonic() + timeout
-    with open(path, "ab") as file:
+    with open(path, "ab", opener=_private) as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -102,6 +102,6 @@ def _rank_actor(config: RunConfig, model_path: str, rank: int) -> ray.actor.Acto
     env_vars = {"RANK": str(rank), "WORLD_SIZE": str(learner.ranks), "LOCAL_RANK": "0"}
     if learner.gpus_per_rank == 0:
         env_vars["DS_ACCELERATOR"] = "cpu"
-    return LearnerActor.options(
+    return LearnerActor.options(  # type: ignore[attr-defined]
         num_cpus=learner.cpus_per_rank, num_gpus=learner.gpus_per_rank, runtime_env={"env_vars": env_vars}
     ).remote(config, model_path, rank)

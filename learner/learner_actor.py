@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 import torch
@@ -14,11 +14,15 @@ from learner.advantages import training_samples
 from learner.checkpoint import export_model, load_checkpoint, save_checkpoint
 from learner.distributed import host_store, join_store
 from learner.engine import LearnerEngine
+from learner.weight_publisher import ObjectStorePublisher
 from ray_rl import deadlines
 from ray_rl.config.run import RunConfig
 from ray_rl.config.weights import ObjectStoreWeights
 from ray_rl.protocols import PublishedWeights
 from ray_rl.types import TrajectoryGroup
+
+if TYPE_CHECKING:
+    from learner.nccl_publisher import NcclPublisher
 
 
 @ray.remote
@@ -36,6 +40,7 @@ class LearnerActor:
         self._model_path = model_path
         self._rank = rank
         self._store: torch.distributed.Store | None = None
+        self._publisher: ObjectStorePublisher | NcclPublisher
 
     def host(self) -> tuple[str, int]:
         """Open the ranks' meeting point on this node; its address and port."""
@@ -77,8 +82,6 @@ class LearnerActor:
         """
         weights = self._config.weights
         if isinstance(weights, ObjectStoreWeights):
-            from learner.weight_publisher import ObjectStorePublisher
-
             self._publisher = ObjectStorePublisher(self._engine, weights.chunk_mib)
             return
         from learner.nccl_publisher import NcclPublisher

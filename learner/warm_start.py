@@ -159,7 +159,8 @@ def accuracy(
         temperature=None if greedy else 1.0,
         top_k=None if greedy else 0,
         top_p=None if greedy else 1.0,
-        max_new_tokens=MAX_POSITIONS - prompt_tokens,
+        # Enough for any solution: six tokens a step, the answer and the end; the rest is room for detours.
+        max_new_tokens=min(4 * prompt_tokens, MAX_POSITIONS - prompt_tokens),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -182,9 +183,9 @@ def fact_certainty(
     return torch.cat(certainties)
 
 
-def report(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Print what the policy can do on held-out problems of the task's default difficulty."""
-    problems = ArithmeticTask(eval_size=1000).problems("eval")
+def report(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, eval_size: int) -> None:
+    """Print what the policy can do on `eval_size` held-out problems of the task's default difficulty."""
+    problems = ArithmeticTask(eval_size=eval_size).problems("eval")
     certainties = fact_certainty(model, tokenizer, problems)
     print(f"held-out problems          {len(problems)}")
     print(f"accuracy, sampled          {accuracy(model, tokenizer, problems, greedy=False):.3f}")
@@ -193,7 +194,7 @@ def report(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     print(f"careful facts, below 0.99  {(certainties < 0.99).float().mean().item():.4f}")
 
 
-def make_policy(folder: Path, config: WarmStartConfig) -> None:
+def make_policy(folder: Path, config: WarmStartConfig, eval_size: int = 1000) -> None:
     """Train the policy, report on it and save it to `folder` in the Hugging Face format (bfloat16 safetensors)."""
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, config.seed)
@@ -201,7 +202,7 @@ def make_policy(folder: Path, config: WarmStartConfig) -> None:
     train(model, tokenizer, config)
     model = model.to(torch.bfloat16)
     # Judged as it will be loaded: float32 arithmetic on weights rounded to bfloat16.
-    report(model.float(), tokenizer)
+    report(model.float(), tokenizer, eval_size)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -215,11 +216,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-chain", type=int, default=defaults.max_chain)
     parser.add_argument("--slip-share", type=float, default=defaults.slip_share)
     parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--eval-size", type=int, default=1000, help="held-out problems of the report")
     parser.add_argument("--threads", type=int, default=1, help="of torch; another number rounds differently")
     options = vars(parser.parse_args(arguments))
-    folder = options.pop("folder")
+    folder, eval_size = options.pop("folder"), options.pop("eval_size")
     torch.set_num_threads(options.pop("threads"))
-    make_policy(folder, WarmStartConfig(**options))
+    make_policy(folder, WarmStartConfig(**options), eval_size)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,6 @@ async def _train(
     progress: ConsoleProgress,
     report: RunReport,
 ) -> None:
-    prepared.stream.restore(start.position)
     progress.phase("starting engines and learner")
     async with _actors(config, with_learner=True) as (pool, learner):
         assert learner is not None
@@ -211,11 +210,12 @@ def _ray(config: RunConfig) -> Iterator[None]:
             num_cpus=cpus,
             include_dashboard=False,
             object_store_memory=config.ray.object_store_mib * 2**20,
-            log_to_driver=True,
-            logging_level=logging.WARNING,
+            log_to_driver=config.ray.log_to_driver,
+            logging_level=logging.ERROR,
         )
     else:
-        ray.init(address="auto" if config.ray.address == "local" else config.ray.address, logging_level=logging.WARNING)
+        address = "auto" if config.ray.address == "local" else config.ray.address
+        ray.init(address=address, log_to_driver=config.ray.log_to_driver, logging_level=logging.ERROR)
     try:
         yield
     finally:

@@ -14,8 +14,8 @@ from ray_rl.types import GroupSummary, Prompt, ScoredSample
 def step_metrics(summaries: Sequence[GroupSummary], version: int) -> dict[str, float]:
     """A batch of groups (at least one) in numbers; metrics of what did not happen (no values) are left out.
 
-    Means are over completions where a completion has the quantity, over tokens for shares of tokens. `reward/std` is the
-    population form over all completions. `reward/accuracy` is the share of rewards of at least 1.
+    Means are over completions where a completion has the quantity, over tokens for shares of tokens. `reward/std` is
+    the population form over all completions. `reward/accuracy` is the share of rewards of at least 1.
 
     Args:
         summaries: of the groups that are trained on.
@@ -51,7 +51,7 @@ def _cost_metrics(summaries: Sequence[GroupSummary]) -> dict[str, float]:
         prefix = sum(s.cost.prefix_tokens for s in summaries)
         metrics |= {
             "values/states": float(states),
-            "continuations/tokens_per_state": continued / states,
+            "continuations/per_state": sum(s.cost.continuations for s in summaries) / states,
             "continuations/tokens_share": _ratio(continued, primary + continued),
             "continuations/cache_hit_rate": _ratio(sum(s.cost.cached_prefix_tokens for s in summaries), prefix),
         }
@@ -71,9 +71,9 @@ def evaluation_metrics(
 ) -> dict[str, float]:
     """Accuracy on held-out problems.
 
-    `eval/pass@1` and `eval/greedy` are mean rewards: for rewards of 0 and 1 the accuracy, for graded ones the mean score.
-    `eval/pass@k` (k = 2, 4, 8, .. and n; only for n > 1 samples) counts an answer as correct when its reward is at least
-    1; `eval/majority@n` is the mean of `majority_reward`.
+    `eval/pass@1` and `eval/greedy` are mean rewards: for rewards of 0 and 1 the accuracy, for graded ones the mean
+    score. `eval/pass@k` (k = 2, 4, 8, .. and n; only for n > 1 samples) counts an answer as correct when its reward is
+    at least 1; `eval/majority@n` is the mean of `majority_reward`.
 
     Args:
         prompts: [P], at least one.

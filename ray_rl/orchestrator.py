@@ -94,6 +94,7 @@ class Orchestrator:
         Raises:
             RunStopped: too many gradings failed.
         """
+        self._stream.restore(start.position)
         self._redo = list(start.pending_positions)
         self._saved_step = start.step if start.step else None
         step = start.step
@@ -138,7 +139,7 @@ class Orchestrator:
         train_started = time.monotonic()
         stats = await self._learner.train(step, groups)
         train_seconds = time.monotonic() - train_started
-        metrics |= stats.metrics | await self._publish(step)
+        metrics |= {**stats.metrics, **await self._publish(step)}
         step_seconds = time.monotonic() - started
         tokens = metrics["tokens/primary"] + metrics["tokens/continuations"]
         metrics |= {

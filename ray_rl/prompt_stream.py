@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Protocol
 
-from ray_rl.config.load import ConfigError
+from ray_rl.errors import ConfigError
 from ray_rl.types import Problem, Prompt
 
 

@@ -1,4 +1,4 @@
-"""A few groups of each step, in full, as JSON lines: what was sampled, where it was cut, and what each piece was worth."""
+"""A few groups of each step, in full, as JSON lines: what was sampled, where it was cut, what each piece was worth."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from ray_rl.config.load import ConfigError
 from ray_rl.config.run import RunConfig
+from ray_rl.errors import ConfigError
 
 _MANIFEST = "manifest.json"
 _PARTIAL = ".partial"
@@ -48,7 +48,8 @@ class RunState:
 class RunFolder:
     """A run on disk.
 
-    ``config.yaml``, ``metrics.jsonl``, ``groups.jsonl``, ``checkpoints/step_N/{manifest.json,learner,policy}``, ``final/``
+    ``config.yaml``, ``metrics.jsonl``, ``groups.jsonl``, ``checkpoints/step_N/{manifest.json,learner,policy}`` and
+    ``final/``.
     """
 
     def __init__(self, path: Path) -> None:

@@ -85,7 +85,7 @@ class JsonlSink:
 
 
 def cut_after_step(path: Path, step: int) -> None:
-    """Cut a JSONL file, whose objects carry ascending ``step``, before the first line that is later than `step` or broken.
+    """Cut a JSONL file, whose objects carry ascending ``step``, before the first line that is later or broken.
 
     An interrupted run may have written steps that its last checkpoint does not hold; the resumed run makes them again.
     """

@@ -146,6 +146,7 @@ class GroupCost:
     """What a group cost to make."""
 
     primary_tokens: int
+    continuations: int
     continuation_tokens: int
     states: int
     """Distinct states that were valued."""

@@ -37,7 +37,13 @@ def completion(token_ids: Sequence[int], *, version: int = 0, finished: bool = T
 
 def summary(position: int = 0, *, version: int = 0, rewards: Sequence[float] = (0.0, 1.0), **changes) -> GroupSummary:
     cost = GroupCost(
-        primary_tokens=20, continuation_tokens=60, states=4, prefix_tokens=40, cached_prefix_tokens=10, seconds=0.1
+        primary_tokens=20,
+        continuations=12,
+        continuation_tokens=60,
+        states=4,
+        prefix_tokens=40,
+        cached_prefix_tokens=10,
+        seconds=0.1,
     )
     values = {
         "prompt_id": f"{position}:p{position}",

@@ -60,6 +60,8 @@ class RayConfig(Section):
     """CPUs a local Ray offers to actors. Unset: as many as the recipe's actors ask for, however many the machine has."""
     object_store_mib: int = Field(512, ge=80)
     """Shared memory of a local Ray's object store."""
+    log_to_driver: bool = False
+    """Repeat on this terminal what the actors print. It always lies in the logs of Ray's session."""
     placement_timeout: float = Field(300.0, gt=0)
     """Seconds to wait for the resources of the actors before saying what is missing."""
 

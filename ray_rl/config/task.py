@@ -60,8 +60,8 @@ class DatasetTaskConfig(Section):
     prompt_column: str = "prompt"
     """Dotted path to the prompt (text or messages) within a row."""
     answer_column: str | None = "answer"
-    """Dotted path to the reference answer within a row, for instance `reward_model.ground_truth`. null: the verifier needs
-    none, or reads it from the remaining columns."""
+    """Dotted path to the reference answer within a row, for instance `reward_model.ground_truth`. null: the verifier
+    needs none, or reads it from the remaining columns."""
     answer_marker: str | None = None
     """Keep of the reference answer only what follows the last occurrence of this marker (GSM8K: `####`)."""
     prompt_prefix: str = ""

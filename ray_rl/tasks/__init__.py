@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
-from ray_rl.config.load import ConfigError
 from ray_rl.config.task import ArithmeticTaskConfig, DatasetTaskConfig, ReasoningGymTaskConfig, TaskConfig
+from ray_rl.errors import ConfigError
 from ray_rl.types import Problem
 
 Split = Literal["train", "eval"]

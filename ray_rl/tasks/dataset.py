@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ray_rl.config.load import ConfigError
 from ray_rl.config.task import DatasetTaskConfig
+from ray_rl.errors import ConfigError
 from ray_rl.tasks import Split
 from ray_rl.tasks.rows import read_rows
 from ray_rl.types import Problem
@@ -117,8 +117,8 @@ def _prompt(config: DatasetTaskConfig, index: int, row: Row) -> PromptText:
     messages = _messages(value)
     if not messages:
         raise ConfigError(
-            f"task.prompt_column: row {index}: column {config.prompt_column!r} must hold text or messages with role and "
-            f"content, not {_short(value)}"
+            f"task.prompt_column: row {index}: column {config.prompt_column!r} must hold text or messages with role "
+            f"and content, not {_short(value)}"
         )
     messages[-1]["content"] = f"{config.prompt_prefix}{messages[-1]['content']}{config.prompt_suffix}"
     return messages

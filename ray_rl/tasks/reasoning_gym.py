@@ -13,13 +13,13 @@ from functools import cached_property
 from hashlib import blake2b
 from typing import Any, overload
 
-from ray_rl.config.load import ConfigError
 from ray_rl.config.task import ReasoningGymTaskConfig
+from ray_rl.errors import ConfigError
 from ray_rl.tasks import Split
 from ray_rl.types import Problem
 
 EVAL_ONE_IN = 4
-"""One in so many of all questions belongs to the evaluation split: few enough to lose, enough to find in a few draws."""
+"""One in so many of all questions belongs to the evaluation split: few to lose, and found in a few draws."""
 _MOST_ATTEMPTS = 64
 """Draws for one training problem before the generator is taken to have no training questions."""
 
@@ -99,8 +99,8 @@ class ReasoningGymTask:
 
     def _too_few(self, split: Split) -> ConfigError:
         return ConfigError(
-            f"task.options: {self._config.dataset} with {self._config.options} has too few different questions to hold some "
-            f"out (none for {split}); make it harder"
+            f"task.options: {self._config.dataset} with {self._config.options} has too few different questions to "
+            f"hold some out (none for {split}); make it harder"
         )
 
     def _problem(self, problem_id: str, entry: Mapping[str, Any]) -> Problem:

@@ -8,8 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ray_rl.config.load import ConfigError
 from ray_rl.config.task import DatasetTaskConfig
+from ray_rl.errors import ConfigError
 from ray_rl.tasks import Split
 
 Rows = list[dict[str, Any]]

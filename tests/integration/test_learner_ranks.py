@@ -1,4 +1,4 @@
-"""The learner's Ray actors: one rank and two give the same update, at every ZeRO stage."""
+"""One rank and two give the same update at every ZeRO stage, and the learner's Ray actors do as the engine does."""
 
 import random
 
@@ -7,7 +7,11 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from learner.advantages import training_samples
+from learner.distributed import host_store, join_store
+from learner.engine import LearnerEngine
 from learner.group import LearnerGroup
+from ray_rl import deadlines
 from ray_rl.config import resolve_config
 from ray_rl.protocols import CollectedGroup
 from ray_rl.types import (
@@ -26,7 +30,13 @@ pytestmark = pytest.mark.integration
 
 VOCABULARY = 40
 COST = GroupCost(
-    primary_tokens=0, continuation_tokens=0, states=0, prefix_tokens=0, cached_prefix_tokens=0, seconds=0.0
+    primary_tokens=0,
+    continuations=0,
+    continuation_tokens=0,
+    states=0,
+    prefix_tokens=0,
+    cached_prefix_tokens=0,
+    seconds=0.0,
 )
 
 
@@ -128,59 +138,83 @@ def make_config(ranks, stage):
     )
 
 
-async def trained(config, model_path, folder):
-    """Metrics of two steps and the exported weights; leaves a checkpoint of the time between the steps."""
-    batches = [[collected(3 * step + k) for k in range(3)] for step in range(2)]
+@ray.remote(num_cpus=0.5, runtime_env={"env_vars": {"DS_ACCELERATOR": "cpu"}})
+class Rank:
+    """Runs engines of one configuration after another, so that the imports are paid for once."""
+
+    def __init__(self, rank, world_size):
+        self.rank, self.world_size, self.store = rank, world_size, None
+
+    def host(self):
+        self.store = host_store(self.world_size)
+        return self.store.port
+
+    def run(self, port, config, model_path, batches):
+        self.store = self.store or join_store("127.0.0.1", port, self.world_size)
+        engine = LearnerEngine(config, model_path, self.rank, self.world_size, self.store)
+        metrics = [engine.train(samples, step) for step, samples in enumerate(batches)]
+        return metrics, {name: tensor.clone().numpy() for name, tensor in engine.named_parameters_gathered()}
+
+
+@pytest.fixture(scope="module")
+def rank_processes():
+    return {world_size: [Rank.remote(rank, world_size) for rank in range(world_size)] for world_size in (1, 2)}
+
+
+def run_everywhere(ranks, config, model_path):
+    """Metrics of two steps and the weights after them, by rank."""
+    batches = [
+        [sample for k in range(3) for sample in training_samples(make_group(3 * step + k), config.advantage)]
+        for step in range(2)
+    ]
+    port = deadlines.get(ranks[0].host.remote(), 120, what="a rank")
+    runs = [rank.run.remote(port, config, str(model_path), batches) for rank in ranks]
+    return deadlines.get(runs, 240, what="the ranks")
+
+
+@pytest.fixture(scope="module")
+def one_rank(rank_processes, model_path):
+    (outcome,) = run_everywhere(rank_processes[1], make_config(1, 0), model_path)
+    return outcome
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_give_the_update_of_one(rank_processes, one_rank, model_path, stage):
+    expected_metrics, expected_weights = one_rank
+    for metrics, weights in run_everywhere(rank_processes[2], make_config(2, stage), model_path):
+        assert weights.keys() == expected_weights.keys()
+        for name, tensor in weights.items():
+            assert abs(tensor - expected_weights[name]).max() < 1e-5, name
+        for ours, expected in zip(metrics, expected_metrics, strict=True):
+            assert ours == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+async def test_a_new_group_goes_on_from_the_checkpoint_and_the_death_of_a_rank_is_an_error(
+    rank_processes, one_rank, model_path, tmp_path
+):
+    """ZeRO-3 on two ranks, where every tensor lies in pieces."""
+    for rank in (rank for ranks in rank_processes.values() for rank in ranks):
+        ray.kill(rank)
+    config, batches = make_config(2, 3), [[collected(3 * step + k) for k in range(3)] for step in range(2)]
     group = await LearnerGroup.start(config, str(model_path))
     try:
         first = await group.train(0, batches[0])
-        await group.save(folder / "checkpoint")
-        second = await group.train(1, batches[1])
-        await group.export(folder / "final")
+        await group.save(tmp_path / "checkpoint")
     finally:
         group.shutdown()
-    policy = AutoModelForCausalLM.from_pretrained(folder / "final")
-    return [first.metrics, second.metrics], policy.state_dict()
-
-
-@pytest.fixture(scope="module")
-async def one_rank(model_path, tmp_path_factory):
-    return await trained(make_config(1, 0), model_path, tmp_path_factory.mktemp("one"))
-
-
-@pytest.fixture(scope="module")
-async def two_ranks(request, model_path, tmp_path_factory):
-    """Configuration, folder, metrics and policy at the ZeRO stage that the test asks for."""
-    config, folder = make_config(2, request.param), tmp_path_factory.mktemp(f"stage{request.param}")
-    return config, folder, *await trained(config, model_path, folder)
-
-
-@pytest.mark.parametrize("two_ranks", [0, 1, 2, 3], indirect=True)
-@pytest.mark.asyncio(loop_scope="module")
-async def test_two_ranks_give_the_update_of_one(one_rank, two_ranks):
-    _, _, metrics, policy = two_ranks
-    expected_metrics, expected_policy = one_rank
-    for name, tensor in expected_policy.items():
-        assert (policy[name] - tensor).abs().max().item() < 1e-5, name
-    for ours, expected in zip(metrics, expected_metrics, strict=True):
-        assert ours == pytest.approx(expected, rel=1e-3, abs=1e-6)
-
-
-@pytest.mark.parametrize("two_ranks", [3], indirect=True)
-@pytest.mark.asyncio(loop_scope="module")
-async def test_a_new_group_goes_on_from_the_checkpoint_and_the_death_of_a_rank_is_an_error(model_path, two_ranks):
-    config, folder, metrics, policy = two_ranks
     group = await LearnerGroup.start(config, str(model_path))
-    batch = [collected(3 + k) for k in range(3)]
     try:
-        await group.load(folder / "checkpoint")
-        again = await group.train(1, batch)
-        await group.export(folder / "again")
+        await group.load(tmp_path / "checkpoint")
+        second = await group.train(1, batches[1])
+        await group.export(tmp_path / "final")
         ray.kill(group._actors[1])
         with pytest.raises(ray.exceptions.RayError):
-            await group.train(2, batch)
+            await group.train(2, batches[1])
     finally:
         group.shutdown()
-    assert again.metrics == pytest.approx(metrics[1], rel=1e-5)
-    reloaded = AutoModelForCausalLM.from_pretrained(folder / "again").state_dict()
-    assert all(torch.allclose(reloaded[name], policy[name], atol=1e-6) for name in policy)
+    expected_metrics, expected_weights = one_rank
+    for stats, expected in zip((first, second), expected_metrics, strict=True):
+        assert stats.metrics == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    for name, tensor in exported.named_parameters():
+        assert abs(tensor.detach().numpy() - expected_weights[name]).max() < 1e-5, name

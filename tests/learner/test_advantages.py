@@ -59,7 +59,13 @@ def make_group(*trajectories):
         trajectories=trajectories,
         continuations=(),
         cost=GroupCost(
-            primary_tokens=0, continuation_tokens=0, states=0, prefix_tokens=0, cached_prefix_tokens=0, seconds=0.0
+            primary_tokens=0,
+            continuations=0,
+            continuation_tokens=0,
+            states=0,
+            prefix_tokens=0,
+            cached_prefix_tokens=0,
+            seconds=0.0,
         ),
     )
 

@@ -33,7 +33,7 @@ def one_thread() -> Iterator[None]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy after three steps of warm start."""
     folder = tmp_path_factory.mktemp("policy")
-    warm_start.main([str(folder), "--steps", "3", "--max-chain", "3"])
+    warm_start.main([str(folder), "--steps", "3", "--max-chain", "3", "--eval-size", "4"])
     return folder
 
 

@@ -19,6 +19,7 @@ def sample(value: float, answer: str = "", tokens: int = 5, finished: bool = Tru
 def cost(primary: int = 10, continuation: int = 0, states: int = 0, prefix: int = 0, cached: int = 0) -> GroupCost:
     return GroupCost(
         primary_tokens=primary,
+        continuations=3 * states,
         continuation_tokens=continuation,
         states=states,
         prefix_tokens=prefix,
@@ -86,7 +87,7 @@ def test_shares_of_continuations_weigh_groups_by_their_tokens():
     metrics = step_metrics(groups, 0)
     assert metrics["continuations/tokens_share"] == 0.6
     assert metrics["continuations/cache_hit_rate"] == 0.75
-    assert metrics["continuations/tokens_per_state"] == 10
+    assert metrics["continuations/per_state"] == 3
     assert metrics["tokens/primary"] == 40
     assert metrics["tokens/continuations"] == 60
 

@@ -40,7 +40,13 @@ def group() -> TrajectoryGroup:
     )
     continuation = Continuation(trajectory=0, boundary=2, completion=completion((1, 0)), reward=Reward(value=1.0))
     cost = GroupCost(
-        primary_tokens=5, continuation_tokens=2, states=2, prefix_tokens=5, cached_prefix_tokens=0, seconds=0.1
+        primary_tokens=5,
+        continuations=1,
+        continuation_tokens=2,
+        states=2,
+        prefix_tokens=5,
+        cached_prefix_tokens=0,
+        seconds=0.1,
     )
     return TrajectoryGroup(prompt=prompt(4), trajectories=(good, failed), continuations=(continuation,), cost=cost)
 
