@@ -75,10 +75,12 @@ class RolloutActor:
         """
         if isinstance(payload, Probe):
             return await self._engine.prove(payload, self._tolerance())
-        await self._engine.pause()
         path = await asyncio.to_thread(self._write_file, payload, asyncio.get_running_loop())
-        await self._engine.receive_weights(payload.manifest, path)
-        await self._engine.resume()
+        await self._engine.pause()
+        try:
+            await self._engine.receive_weights(payload.manifest, path)
+        finally:
+            await self._engine.resume()
         return await self._engine.prove(payload.probe, self._tolerance())
 
     async def nccl(self, verb: NcclVerb, info: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ Everything here that reduces, gathers or steps is a collective: all ranks call i
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -206,7 +207,8 @@ class LearnerEngine:
         grad_norm = reduce_gradients(self.deepspeed)
         self.deepspeed.step()
         if grad_norm is None:
-            grad_norm = float(self.deepspeed.get_global_grad_norm())
+            told = self.deepspeed.get_global_grad_norm()
+            grad_norm = math.nan if told is None else float(told)
         statistics.add_step(grad_norm=grad_norm, learning_rate=learning_rate)
 
     def _loss(

@@ -146,7 +146,7 @@ class Rank:
         self.rank, self.world_size, self.store = rank, world_size, None
 
     def host(self):
-        self.store = host_store(self.world_size)
+        self.store = self.store or host_store(self.world_size)
         return self.store.port
 
     def run(self, port, config, model_path, batches):
