@@ -16,6 +16,8 @@ from actors.scoring import InPlaceScorer, ProcessPoolScorer
 from ray_rl.config.reward import ExactRewardConfig, MathRewardConfig, PythonRewardConfig, ReasoningGymRewardConfig
 from ray_rl.types import Problem, Reward, ScoringItem
 
+pytestmark = pytest.mark.integration
+
 GRADER = """
 import os, signal, subprocess, sys, time
 NEVER_ENDING_C_CODE = "9" * 2_000_000
