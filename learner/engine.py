@@ -216,13 +216,16 @@ class LearnerEngine:
     ) -> tuple[MicrobatchOutcome, Tensor]:
         settings, kl = self.config.learner.loss, self.config.learner.kl
         logprobs, entropy = self._forward(self.deepspeed, batch)
-        old = logprobs.detach() if old is None else old
+        # The tables hold zeros at padding: there exp(reference - policy) may overflow, and 0 x inf is a gradient of nan.
+        logprobs = torch.where(batch.loss_mask, logprobs, 0.0)
+        old = logprobs.detach() if old is None else torch.where(batch.loss_mask, old, 0.0)
         per_token, clipped = clipped_surrogate(
             logprobs, old, batch.advantages, clip_low=settings.clip_low, clip_high=settings.clip_high
         )
         policy_loss = AGGREGATIONS[settings.aggregation](per_token, batch.loss_mask, counts)
         estimate, kl_loss = None, torch.zeros((), device=self.device)
         if reference is not None:
+            reference = torch.where(batch.loss_mask, reference, 0.0)
             estimate = kl_estimate(logprobs, reference, estimator=kl.estimator, clamp=kl.clamp)
             kl_loss = kl.coefficient * AGGREGATIONS[kl.aggregation](estimate, batch.loss_mask, counts)
         outcome = MicrobatchOutcome(

@@ -38,7 +38,6 @@ def load_model(config: ModelConfig, path: str | os.PathLike[str], *, trainable: 
         revision=config.revision or "main",
         trust_remote_code=config.trust_remote_code,
     )
-    model.config.use_cache = False
     _disable_dropout(model)
     if not trainable:
         return model.requires_grad_(False).eval()

@@ -57,7 +57,7 @@ class LearnerConfig(Section):
     cpus_per_rank: float = Field(1, gt=0)
     gpus_per_rank: float = Field(0, ge=0)
     zero_stage: int = Field(0, ge=0, le=3)
-    """DeepSpeed ZeRO: 1 shards optimizer state, 2 gradients too, 3 parameters too."""
+    """DeepSpeed ZeRO: 1 shards optimizer state, 2 gradients too, 3 parameters too. In 16-bit formats 0 runs as 1."""
     minibatch_size: int | None = Field(None, ge=1)
     """Sequences per optimizer step, over all ranks. Unset: the whole batch, one optimizer step."""
     epochs: int = Field(1, ge=1)

@@ -20,7 +20,7 @@ from ray_rl.config.reward import ExactRewardConfig, RewardConfig
 from ray_rl.config.rollout import RolloutConfig
 from ray_rl.config.section import Section
 from ray_rl.config.segmentation import LinesSegmentation, SegmentationConfig
-from ray_rl.config.task import ArithmeticTaskConfig, TaskConfig
+from ray_rl.config.task import ArithmeticTaskConfig, DatasetTaskConfig, TaskConfig
 from ray_rl.config.values import FixedValues, NoValues, ValuesConfig
 from ray_rl.config.weights import NcclWeights, ObjectStoreWeights, WeightsConfig
 
@@ -65,7 +65,13 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
-        faults = [*self._batch_faults(), *self._value_faults(), *self._device_faults(), *self._model_faults()]
+        faults = [
+            *self._batch_faults(),
+            *self._value_faults(),
+            *self._reward_faults(),
+            *self._device_faults(),
+            *self._model_faults(),
+        ]
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -103,16 +109,40 @@ class RunConfig(Section):
                 "never uses; use values.kind=none"
             )
 
+    def _reward_faults(self) -> Iterator[str]:
+        if self.reward.kind == "reasoning_gym" and self.task.kind == "arithmetic":
+            yield (
+                "reward.kind: reasoning_gym can only score problems that reasoning-gym made, and task.kind is arithmetic; "
+                "use reward.kind=exact"
+            )
+        answerless = isinstance(self.task, DatasetTaskConfig) and self.task.answer_column is None
+        if answerless and self.reward.kind in ("exact", "math"):
+            yield (
+                f"task.answer_column: null, but reward.kind={self.reward.kind} compares with a reference answer; "
+                "name the column that holds it"
+            )
+
     def _device_faults(self) -> Iterator[str]:
-        if isinstance(self.weights, NcclWeights) and not (self.rollout.gpus_per_actor and self.learner.gpus_per_rank):
+        rollout, learner = self.rollout, self.learner
+        if isinstance(self.weights, NcclWeights) and min(rollout.gpus_per_actor, learner.gpus_per_rank) < 1:
             yield (
                 "weights.kind: nccl needs GPUs on both ends (rollout.gpus_per_actor and learner.gpus_per_rank >= 1); "
                 "use weights.kind=object_store"
             )
-        if self.rollout.tensor_parallel > 1 and self.rollout.gpus_per_actor != self.rollout.tensor_parallel:
+        if rollout.gpus_per_actor != rollout.tensor_parallel > 1:
             yield (
-                f"rollout.tensor_parallel: {self.rollout.tensor_parallel} needs as many GPUs per actor; "
-                f"set rollout.gpus_per_actor={self.rollout.tensor_parallel}"
+                f"rollout.tensor_parallel: {rollout.tensor_parallel} needs as many GPUs per actor; "
+                f"set rollout.gpus_per_actor={rollout.tensor_parallel}"
+            )
+        elif rollout.gpus_per_actor > rollout.tensor_parallel:
+            yield (
+                f"rollout.gpus_per_actor: {rollout.gpus_per_actor:g}, of which an engine uses rollout.tensor_parallel = "
+                f"{rollout.tensor_parallel}; raise the latter, or lower the first and raise rollout.actors"
+            )
+        if learner.gpus_per_rank > 1 or (learner.ranks > 1 and 0 < learner.gpus_per_rank < 1):
+            yield (
+                f"learner.gpus_per_rank: {learner.gpus_per_rank:g}, but each of several ranks needs one GPU of its own and "
+                "uses no second; set it to 1 and choose learner.ranks"
             )
 
     def _model_faults(self) -> Iterator[str]:
@@ -120,3 +150,17 @@ class RunConfig(Section):
         looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
         if path != "embedded" and looks_local and not Path(path).expanduser().is_dir():
             yield f"model.path: {path} does not exist; give a folder in Hugging Face format, or a Hugging Face name"
+        if self.model.dtype == "float16" and self.learner.gpus_per_rank == 0:
+            yield (
+                "model.dtype: float16, which DeepSpeed trains on GPUs only; use float32 or bfloat16, or set "
+                "learner.gpus_per_rank=1"
+            )
+        if self.model.attention == "flash_attention_2" and (
+            self.model.dtype == "float32" or self.learner.gpus_per_rank == 0
+        ):
+            yield (
+                "model.attention: flash_attention_2 needs GPUs (learner.gpus_per_rank) and a 16-bit model.dtype; "
+                "use model.attention=sdpa"
+            )
+        if self.model.system_prompt is not None and self.model.chat_template is False:
+            yield "model.system_prompt: needs a chat template, and model.chat_template is false; leave out one of the two"

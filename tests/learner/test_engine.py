@@ -1,5 +1,7 @@
 """The learner's engine in this process: real DeepSpeed, one rank, a tiny Llama."""
 
+import json
+import math
 import random
 
 import pytest
@@ -179,6 +181,18 @@ def test_a_penalty_on_divergence_holds_the_policy_back(model_path):
     assert metrics["loss/kl"] == pytest.approx(100 * metrics["policy/kl"], rel=1e-5)
 
 
+def test_padding_that_the_policy_finds_absurd_reaches_no_gradient(tmp_path):
+    """Logits of thousands: at padding the policy gives the padding token e^-1000, against a 0 in the reference's table."""
+    model = LlamaForCausalLM.from_pretrained(tiny_model(tmp_path, tied=False))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(300)
+    model.save_pretrained(tmp_path)
+    engine = make_engine(tmp_path, "learner.kl.coefficient=0.01")
+    metrics = engine.train(make_samples(), 0)
+    assert math.isfinite(metrics["policy/grad_norm"])
+    assert all(tensor.isfinite().all() for tensor in weights(engine).values())
+
+
 def test_a_minibatch_beyond_the_mean_ratio_is_skipped(model_path):
     overrides = ("learner.epochs=4", "learner.optimizer.lr=0.05", "learner.loss.max_mean_ratio=1.0001")
     engine = make_engine(model_path, *overrides)
@@ -239,6 +253,8 @@ def test_an_export_loads_in_transformers_with_equal_logprobs(tmp_path, tied):
     engine.train(make_samples(), 0)
     export_model(engine, source, tmp_path / "final")
     assert (tmp_path / "final" / "tokenizer.json").read_text() == "{}"
+    # What suits training must not slow down whoever generates with the export.
+    assert json.loads((tmp_path / "final" / "config.json").read_text())["use_cache"]
     tokens = make_samples(1)[0].token_ids
     reloaded = make_engine(tmp_path / "final")
     assert reloaded.logprobs(tokens) == pytest.approx(engine.logprobs(tokens), abs=1e-6)

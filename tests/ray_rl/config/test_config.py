@@ -58,6 +58,11 @@ def test_the_preset_of_the_paper_holds_its_published_numbers():
     assert (optimizer.lr, optimizer.warmup_share, optimizer.schedule, optimizer.grad_clip) == (1e-6, 0.03, "linear", 1)
     assert config.advantage.whiten == "minibatch"
     assert config.learner.loss.max_mean_ratio == 10
+    assert (config.rollout.group_size, config.segmentation.max_segments) == (8, 25)
+    loss = config.learner.loss
+    assert (loss.clip_low, loss.clip_high, loss.aggregation) == (0.2, 0.2, "token_mean")
+    assert (optimizer.betas, optimizer.weight_decay) == ((0.9, 0.999), 0.0)
+    assert (config.evaluation.temperature, config.evaluation.samples) == (0.35, 16)
 
 
 def test_overrides_are_parsed_as_yaml_and_go_into_nested_sections():
@@ -140,6 +145,24 @@ FAULTS = {
         "rollout.max_tokens: 64 leaves no room for a prompt within model.max_model_len = 64; lower it or raise",
     ),
     "nccl": (["weights.kind=nccl"], "weights.kind: nccl needs GPUs on both ends"),
+    "nccl on a shared GPU": (
+        ["weights.kind=nccl", "rollout.gpus_per_actor=0.5", "learner.gpus_per_rank=1"],
+        "weights.kind: nccl needs GPUs on both ends",
+    ),
+    "idle GPUs": (["rollout.gpus_per_actor=2"], "rollout.gpus_per_actor: 2, of which an engine uses"),
+    "GPUs of a rank": (["learner.gpus_per_rank=2"], "learner.gpus_per_rank: 2, but each of several ranks needs one"),
+    "shared GPU": (["learner.gpus_per_rank=0.5", "learner.ranks=2"], "learner.gpus_per_rank: 0.5, but each of several"),
+    "float16 on CPU": (["model.dtype=float16"], "model.dtype: float16, which DeepSpeed trains on GPUs only"),
+    "flash attention": (["model.attention=flash_attention_2"], "model.attention: flash_attention_2 needs GPUs"),
+    "system prompt": (
+        ["model.system_prompt=Think.", "model.chat_template=false"],
+        "model.system_prompt: needs a chat template, and model.chat_template is false",
+    ),
+    "foreign scorer": (["reward.kind=reasoning_gym"], "reward.kind: reasoning_gym can only score problems that"),
+    "nothing to compare with": (
+        ["task.kind=dataset", "task.path=x.jsonl", "task.answer_column=null"],
+        "task.answer_column: null, but reward.kind=exact compares with a reference answer",
+    ),
     "tensor parallel": (
         ["rollout.tensor_parallel=2"],
         "rollout.tensor_parallel: 2 needs as many GPUs per actor; set rollout.gpus_per_actor=2",
