@@ -14,6 +14,7 @@ from actors.engine_args import engine_args, prepare_environment, shutdown_second
 from actors.engine_requests import completion, logprobs_of_prompt, sampling_params, scoring_params
 from ray_rl.config import RunConfig
 from ray_rl.deadlines import wait
+from ray_rl.errors import RunError
 from ray_rl.types import Completion
 from ray_rl.weight_manifest import Probe, WeightManifest, WeightTransferError
 
@@ -30,7 +31,7 @@ _HEALTH_SECONDS = 1.0
 _START_GRACE_SECONDS = 30.0
 
 
-class EngineDied(Exception):
+class EngineDied(RunError):
     """The engine's process is gone; the engine can't be used any more."""
 
 

@@ -26,6 +26,7 @@ from typing import TypeVar
 
 from actors.rewards import Verifier, final_answer_of, make_verifier
 from ray_rl.config.reward import MathRewardConfig, PythonRewardConfig, ReasoningGymRewardConfig
+from ray_rl.errors import RunError
 from ray_rl.types import Reward, ScoringItem
 
 PooledRewardConfig = MathRewardConfig | ReasoningGymRewardConfig | PythonRewardConfig
@@ -40,7 +41,7 @@ _SHOWN_CHARACTERS = 400
 _PR_SET_PDEATHSIG = 1
 
 
-class GraderStartError(RuntimeError):
+class GraderStartError(RunError):
     """A grader process did not come up; the message says why."""
 
 

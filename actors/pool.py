@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class ActorDied(RuntimeError):
-    """A rollout actor's process is gone; the message says which and what Ray knows."""
+class ActorDied(RunError):
+    """A rollout actor, or its engine's process, is gone; the message says which and what Ray knows."""
 
 
 class NoActorsLeft(RunError):

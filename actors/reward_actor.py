@@ -18,6 +18,7 @@ from actors.scoring import InPlaceScorer, ProcessPoolScorer, Scorer
 from ray_rl.config.reward import ExactRewardConfig, PythonRewardConfig, RewardConfig
 from ray_rl.config.run import RunConfig
 from ray_rl.deadlines import wait
+from ray_rl.errors import RunError
 from ray_rl.types import Reward, ScoringItem
 
 MAX_BATCH = 32
@@ -32,7 +33,7 @@ RESTART_POLL = 0.5
 _log = logging.getLogger(__name__)
 
 
-class RewardActorsLost(RuntimeError):
+class RewardActorsLost(RunError):
     """A batch found no living reward actor, twice; the message names the actors."""
 
 

@@ -84,15 +84,21 @@ class Rollout:
         return _group(prompt, trajectories, flat, states=len(states), started=started)
 
     async def evaluate(self, prompt: Prompt, *, samples: int, temperature: float) -> tuple[ScoredSample, ...]:
-        """Scored answers without values; temperature 0 is greedy."""
+        """Scored answers without values; temperature 0 is greedy. What is unfinished has no final answer."""
         completions = await self._engine.generate(
             prompt.token_ids, n=samples, max_tokens=self._config.rollout.max_tokens, temperature=temperature
         )
         rewards = await self._score(prompt, [(completion.token_ids, completion.finished) for completion in completions])
-        answers = await self._scorer.final_answers([self._text(completion.token_ids) for completion in completions])
+        finished = [self._text(completion.token_ids) for completion in completions if completion.finished]
+        answers = iter(await self._scorer.final_answers(finished) if finished else [])
         return tuple(
-            ScoredSample(reward=reward, answer=answer, tokens=len(completion.token_ids), finished=completion.finished)
-            for completion, reward, answer in zip(completions, rewards, answers, strict=True)
+            ScoredSample(
+                reward=reward,
+                answer=next(answers) if completion.finished else "",
+                tokens=len(completion.token_ids),
+                finished=completion.finished,
+            )
+            for completion, reward in zip(completions, rewards, strict=True)
         )
 
     async def _continue(self, prompt: Prompt, states: Sequence[State]) -> list[list[Continuation]]:

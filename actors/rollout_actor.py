@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Awaitable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
-from actors.engine import Engine, NcclVerb
+from actors.engine import Engine, EngineDied, NcclVerb
 from actors.engine_args import engine_environment
 from actors.pool import ActorDied
 from actors.reward_actor import make_scorer
@@ -37,11 +38,11 @@ class RolloutActor:
     """One engine, its rollouts, and the receiving end of weight publications."""
 
     def __init__(
-        self, config: RunConfig, model_path: str, run_id: str, index: int, reward_actors: Sequence[Any]
+        self, config: RunConfig, model_path: str, run_id: str, seed: int, reward_actors: Sequence[Any]
     ) -> None:
         self._config = config
         self._model_path = model_path
-        self._seed = config.seed + 1000 * index
+        self._seed = seed
         model = config.model
         self._codec = load_tokenizer(model_path, trust_remote_code=model.trust_remote_code, revision=model.revision)
         self._scorer = make_scorer(config.reward, reward_actors)
@@ -148,29 +149,40 @@ class RayRolloutClient:
         """End the engine, then the actor."""
         try:
             await wait(_result(self._handle.shutdown.remote()), _END_SECONDS, what=f"{self.name} to end its engine")
-        except (ActorDied, DeadlineExceeded) as error:
+        except (ActorDied, DeadlineExceeded, RayTaskError) as error:
             logger.info("%s did not end by itself: %s", self.name, error)
-        ray.kill(self._handle)
+        finally:
+            ray.kill(self._handle)
 
 
 def create_rollout_client(
-    config: RunConfig, model_path: str, run_id: str, index: int, *, reward_actors: Sequence[Any]
+    config: RunConfig, model_path: str, run_id: str, index: int, *, reward_actors: Sequence[Any], step: int = 0
 ) -> RayRolloutClient:
-    """Create rollout actor `index` with the resources of its engine."""
+    """Create rollout actor `index` with the resources of its engine.
+
+    Its sampling follows from the run's seed, the index and the step that the run (re)starts after, so that a resumed run
+    draws new numbers.
+    """
     rollout = config.rollout
     handle = RolloutActor.options(  # type: ignore[attr-defined]
         num_cpus=rollout.cpus_per_actor,
         num_gpus=rollout.gpus_per_actor,
         max_concurrency=1000,
         runtime_env={"env_vars": engine_environment(config)},
-    ).remote(config, model_path, run_id, index, reward_actors)
+    ).remote(config, model_path, run_id, _engine_seed(config.seed, step, index), reward_actors)
     return RayRolloutClient(handle, f"rollout actor {index}")
 
 
+def _engine_seed(seed: int, step: int, index: int) -> int:
+    return random.Random(f"{seed}:{step}:{index}").randrange(2**31)
+
+
 async def _result(ref: Awaitable[T]) -> T:
-    """Await a call to an actor; its own errors come as what they were, its death as `ActorDied`."""
+    """Await a call to an actor; its own errors come as what they were, its death or its engine's as `ActorDied`."""
     try:
         return await ref
+    except EngineDied as error:
+        raise ActorDied(str(error.cause) if isinstance(error, RayTaskError) else str(error)) from error
     except RayActorError as error:
         raise ActorDied(str(error).splitlines()[0]) from error
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ray_rl.errors import ConfigError
+
 if TYPE_CHECKING:
     from learner.engine import LearnerEngine
 
@@ -31,7 +33,7 @@ TOKENIZER_FILES = (
 )
 
 
-class CheckpointError(Exception):
+class CheckpointError(ConfigError):
     """A checkpoint is missing, or it was made by another number of ranks."""
 
 

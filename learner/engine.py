@@ -24,6 +24,7 @@ from learner.packing import pack, split_minibatches
 from learner.policy import initialize_policy, initialize_reference, reduce_gradients
 from learner.step_statistics import MicrobatchOutcome, StepStatistics, advantage_metrics
 from ray_rl.config.run import RunConfig
+from ray_rl.errors import RunError
 from ray_rl.types import Microbatch, TrainingSample
 
 
@@ -205,11 +206,22 @@ class LearnerEngine:
             statistics.add(outcome)
         learning_rate = self.deepspeed.get_lr()[0]
         grad_norm = reduce_gradients(self.deepspeed)
+        if grad_norm is not None:
+            self._checked(grad_norm, statistics)
         self.deepspeed.step()
         if grad_norm is None:
             told = self.deepspeed.get_global_grad_norm()
-            grad_norm = math.nan if told is None else float(told)
+            grad_norm = math.nan if told is None else self._checked(float(told), statistics)
         statistics.add_step(grad_norm=grad_norm, learning_rate=learning_rate)
+
+    def _checked(self, norm: float, statistics: StepStatistics) -> float:
+        """In float16 an overflow is the loss scaler's daily business; elsewhere it ruins the policy for good."""
+        if self.config.model.dtype != "float16" and not math.isfinite(norm):
+            raise RunError(
+                f"the gradient of the batch's optimizer step {statistics.optimizer_steps + 1} is not finite ({norm}): "
+                "lower learner.optimizer.lr, or look for extreme rewards or log-probabilities in groups.jsonl"
+            )
+        return norm
 
     def _loss(
         self, batch: TensorBatch, counts: GlobalCounts, *, old: Tensor | None, reference: Tensor | None

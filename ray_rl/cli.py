@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,16 +47,22 @@ def train(
         folder = RunFolder.open(resume)
         config = resolve_config(folder.config_data(), given)
         start = folder.latest_state()
+        if config.seed != start.seed:
+            raise ConfigError(f"seed: a resumed run keeps its seed, {start.seed}; leave it out, or begin a new run")
     else:
         if not recipe:
             raise ConfigError("train: name a recipe (ray-rl recipes lists them), or --resume RUN")
         config = load_config(recipe, overrides or [])
         folder = RunFolder.create(run_dir, config)
         start = RunState.new(config.seed)
-    with folder.locked():
-        from ray_rl.launch import train as launch_train
+    try:
+        with folder.locked():
+            from ray_rl.launch import train as launch_train
 
-        report = launch_train(config, folder, start)
+            report = launch_train(config, folder, start)
+    except ConfigError:
+        folder.remove_unused()
+        raise
     if report.interrupted:
         raise typer.Exit(130)
 
@@ -90,6 +97,8 @@ def evaluate(
     """Accuracy on the held-out problems: pass@1, greedy, and with evaluation.samples > 1 pass@k and majority@k."""
     from ray_rl.run_state import RunFolder
 
+    if json_file and not json_file.parent.is_dir():
+        raise ConfigError(f"--json: {json_file.parent} is not a folder; make it first")
     if RunFolder.is_run(Path(source)):
         folder = RunFolder.open(Path(source))
         policy = folder.policy(checkpoint)
@@ -145,9 +154,10 @@ def bench(context: typer.Context) -> None:
         raise ConfigError(
             f"bench: the suite lies in the repository's benchmarks/, which is not in {root}; use a checkout"
         )
-    raise typer.Exit(
-        subprocess.run([sys.executable, "-m", "benchmarks", *context.args], cwd=root, check=False).returncode
-    )
+    # Found by the import path and not by the working folder, to which `--json FILE` is relative.
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "benchmarks", *context.args]
+    raise typer.Exit(subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode)
 
 
 def main() -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
-import os
 import signal
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -29,6 +27,7 @@ from learner.group import LearnerGroup
 from ray_rl.config import RunConfig
 from ray_rl.deadlines import wait
 from ray_rl.embedded import policy_path
+from ray_rl.errors import ConfigError
 from ray_rl.evaluation import evaluate
 from ray_rl.memory import MemoryWatch
 from ray_rl.orchestrator import Orchestrator
@@ -36,10 +35,11 @@ from ray_rl.placement import required_resources, wait_for_resources
 from ray_rl.progress import ConsoleProgress
 from ray_rl.prompt_stream import PromptStream, encode_problem
 from ray_rl.protocols import CollectedGroup
+from ray_rl.ray_session import placement_seconds, ray_session, run_to_end
 from ray_rl.recorder import GroupRecorder
 from ray_rl.run_report import RunReport
 from ray_rl.run_state import RunFolder, RunState
-from ray_rl.sinks import make_sink
+from ray_rl.sinks import logged_metrics, make_sink
 from ray_rl.tasks import make_task
 from ray_rl.tokenizer import TokenizerCodec, load_tokenizer
 
@@ -58,9 +58,11 @@ def train(config: RunConfig, folder: RunFolder, start: RunState) -> RunReport:
     report = RunReport(name=config.name, folder=str(folder.path))
     with MemoryWatch() as memory, progress:
         progress.phase("reading model and data")
-        prepared = Prepared(config)
-        with _ray(config):
-            asyncio.run(_train(config, folder, start, prepared, progress, report))
+        evaluation = config.evaluation
+        prepared = Prepared(config, evaluates=bool(evaluation.at_start or evaluation.at_end or evaluation.every))
+        folder.write_config(config)  # a resumed run's may have changed
+        with ray_session(config):
+            run_to_end(_train(config, folder, start, prepared, progress, report))
         report.peak_bytes = memory.peak_bytes
     report.next_steps = _next_steps(report)
     (folder.path / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
@@ -78,24 +80,22 @@ def evaluate_policy(config: RunConfig) -> dict[str, float]:
     with ConsoleProgress(config.training.steps) as progress:
         progress.phase("reading model and data")
         prepared = Prepared(config)
-        with _ray(config):
-            return asyncio.run(_evaluate(config, prepared, progress))
+        with ray_session(config):
+            return run_to_end(_evaluate(config, prepared, progress))
 
 
 class Prepared:
     """What a run needs besides actors: the tokenizer, the prompts to train on, the prompts to evaluate on."""
 
-    def __init__(self, config: RunConfig) -> None:
-        """Read model and data.
+    def __init__(self, config: RunConfig, *, evaluates: bool = True) -> None:
+        """Read model and data; held-out problems only for a run that evaluates.
 
         Raises:
             ConfigError: one of them is not what the configuration says.
         """
         model = config.model
         task = make_task(config.task)
-        self.codec: TokenizerCodec = load_tokenizer(
-            model_source(config), trust_remote_code=model.trust_remote_code, revision=model.revision
-        )
+        self.codec = _tokenizer(config)
         encode = partial(
             encode_problem,
             self.codec,
@@ -104,9 +104,18 @@ class Prepared:
             max_tokens=model.max_model_len - config.rollout.max_tokens,
         )
         self.stream = PromptStream(task.problems("train"), encode, seed=config.seed, shuffle=config.training.shuffle)
-        held_out = task.problems("eval")
+        held_out = task.problems("eval") if evaluates else ()
         count = min(len(held_out), config.evaluation.problems)
         self.evaluation_prompts = [encode(held_out[index], position=-1) for index in range(count)]
+
+
+def _tokenizer(config: RunConfig) -> TokenizerCodec:
+    model, source = config.model, model_source(config)
+    try:
+        return load_tokenizer(source, trust_remote_code=model.trust_remote_code, revision=model.revision)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()).removeprefix("model.path: ")
+        raise ConfigError(f"model.path: no tokenizer could be loaded from {source}: {reason}") from error
 
 
 def model_source(config: RunConfig) -> str:
@@ -126,7 +135,7 @@ async def _train(
     report: RunReport,
 ) -> None:
     progress.phase("starting engines and learner")
-    async with _actors(config, with_learner=True) as (pool, learner):
+    async with _actors(config, with_learner=True, step=start.step) as (pool, learner):
         assert learner is not None
         if start.step:
             await learner.load(folder.checkpoint(start.step) / "learner")
@@ -134,6 +143,8 @@ async def _train(
             folder.path / "groups.jsonl", config.logging.groups_per_step, prepared.codec, resume_step=start.step
         )
         sink = make_sink(folder.path, config.logging, resume_step=start.step)
+        if start.step:
+            report.evaluation_before = logged_metrics(folder.path / "metrics.jsonl", 0)
         orchestrator = Orchestrator(
             config,
             pool=pool,
@@ -161,12 +172,14 @@ async def _evaluate(config: RunConfig, prepared: Prepared, progress: ConsoleProg
 
 
 @asynccontextmanager
-async def _actors(config: RunConfig, *, with_learner: bool) -> AsyncIterator[tuple[ActorPool, LearnerGroup | None]]:
+async def _actors(
+    config: RunConfig, *, with_learner: bool, step: int = 0
+) -> AsyncIterator[tuple[ActorPool, LearnerGroup | None]]:
     """All actors of a run, started side by side; ended together, whatever happens."""
     model, run_id = model_source(config), uuid.uuid4().hex[:12]
     reward_actors = create_reward_actors(config)
     clients = [
-        create_rollout_client(config, model, run_id, index, reward_actors=reward_actors)
+        create_rollout_client(config, model, run_id, index, reward_actors=reward_actors, step=step)
         for index in range(config.rollout.actors)
     ]
     pool = ActorPool(
@@ -179,9 +192,8 @@ async def _actors(config: RunConfig, *, with_learner: bool) -> AsyncIterator[tup
     )
     learner: LearnerGroup | None = None
     try:
-        await wait_for_resources(
-            required_resources(config, with_learner=with_learner), ray.cluster_resources, config.ray.placement_timeout
-        )
+        required = required_resources(config, with_learner=with_learner)
+        await wait_for_resources(required, ray.cluster_resources, placement_seconds(config))
         async with asyncio.TaskGroup() as starting:
             starting.create_task(pool.start())
             starting.create_task(start_reward_actors(reward_actors, config.rollout.start_timeout))
@@ -191,35 +203,14 @@ async def _actors(config: RunConfig, *, with_learner: bool) -> AsyncIterator[tup
             await learner.connect([client.handle for client in clients])
         yield pool, learner
     finally:
-        await pool.shutdown()
-        if learner:
-            learner.shutdown()
-        for actor in reward_actors:
-            ray.kill(actor)
-        sweep(run_id)
-
-
-@contextmanager
-def _ray(config: RunConfig) -> Iterator[None]:
-    """A Ray of the run's own, or the cluster that `ray.address` names (inside a Ray job: the job's)."""
-    own = config.ray.address == "local" and "RAY_JOB_ID" not in os.environ and "RAY_ADDRESS" not in os.environ
-    if own:
-        cpus = config.ray.num_cpus or math.ceil(required_resources(config).get("CPU", 1))
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            object_store_memory=config.ray.object_store_mib * 2**20,
-            log_to_driver=config.ray.log_to_driver,
-            logging_level=logging.ERROR,
-        )
-    else:
-        address = "auto" if config.ray.address == "local" else config.ray.address
-        ray.init(address=address, log_to_driver=config.ray.log_to_driver, logging_level=logging.ERROR)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+        try:
+            await pool.shutdown()
+        finally:  # also when the user would not wait for the engines
+            if learner:
+                learner.shutdown()
+            for actor in reward_actors:
+                ray.kill(actor)
+            sweep(run_id)
 
 
 @contextmanager
@@ -261,6 +252,6 @@ def _next_steps(report: RunReport) -> list[str]:
     return [
         f"look at it:     tensorboard --logdir {folder}   (and {folder}/groups.jsonl: segments, values, advantages)",
         f"use the policy: ray-rl export {folder} DIR",
-        "compare with:   ray-rl train laptop-grpo",
+        f"compare with:   ray-rl train {'laptop-vineppo' if report.name == 'laptop-grpo' else 'laptop-grpo'}",
         "a real model:   ray-rl train gsm8k-vineppo model.path=... (see the README)",
     ]

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from ray_rl.buffer import StalenessBuffer
 from ray_rl.config import RunConfig
-from ray_rl.errors import RunError
+from ray_rl.errors import RunError, first_error
 from ray_rl.evaluation import evaluate
 from ray_rl.health import warnings_of
 from ray_rl.metrics import step_metrics
@@ -78,7 +78,7 @@ class Orchestrator:
         self._record = record
         self._progress = progress
         self._report = report
-        self._buffer = StalenessBuffer(config.training.prompts_per_step, config.training.max_staleness)
+        self._buffer = self._new_buffer(config.training.steps)
         self._untrained: set[int] = set()
         self._redo: list[int] = []
         self._saved_step: int | None = None
@@ -92,16 +92,18 @@ class Orchestrator:
         """From a state (step 0 for a new run) to the last step, or to a requested stop.
 
         Raises:
-            RunStopped: too many gradings failed.
+            RunStopped: too many gradings failed; what is trained by then is saved.
         """
         self._stream.restore(start.position)
         self._redo = list(start.pending_positions)
         self._saved_step = start.step if start.step else None
         step = start.step
+        self._buffer = self._new_buffer(self._config.training.steps - step)
         self._report.steps = step
         await self._publish(step)
         if self._config.evaluation.at_start and step == 0:
             self._report.evaluation_before = await self._evaluate(step)
+            self._report.evaluation_after = {}
         collector = asyncio.create_task(self._collect_loop(), name="collect loop")
         try:
             while step < self._config.training.steps and not self._stop.is_set():
@@ -111,9 +113,17 @@ class Orchestrator:
                 self._report.steps = step
                 if self._due(self._config.checkpoint.every, step):
                     await self._checkpoint(step)
+        except RunStopped:
+            await self._save_if_new(step)
+            raise
         finally:
             await _cancel(collector)
         await self._finish(step)
+
+    def _new_buffer(self, steps: int) -> StalenessBuffer:
+        training = self._config.training
+        batch = training.prompts_per_step
+        return StalenessBuffer(batch, training.max_staleness, total=steps * batch)
 
     async def _finish(self, step: int) -> None:
         self._report.interrupted = step < self._config.training.steps
@@ -121,49 +131,52 @@ class Orchestrator:
             if not self._due(self._config.evaluation.every, step):
                 self._report.evaluation_after = await self._evaluate(step)
             self._progress.phase("saving")
-        if step and self._saved_step != step:
-            await self._checkpoint(step)
+        await self._save_if_new(step)
         if not self._report.interrupted:
             await self._timed("saving", self._learner.export(self._folder.final))
 
     async def _train_step(self, step: int, collector: asyncio.Task[None]) -> bool:
         """One step; False when a stop was requested before it began."""
         started = time.monotonic()
-        version = step - 1
-        groups = await self._take(version, collector)
+        groups = await self._take(step - 1, collector)
         if groups is None:
             return False
-        rollout_seconds = time.monotonic() - started
-        metrics = step_metrics([group.summary for group in groups], version)
+        taken = time.monotonic()
+        metrics = step_metrics([group.summary for group in groups], step - 1)
         self._check_failures(metrics)
-        train_started = time.monotonic()
         stats = await self._learner.train(step, groups)
-        train_seconds = time.monotonic() - train_started
-        metrics |= {**stats.metrics, **await self._publish(step)}
-        step_seconds = time.monotonic() - started
-        tokens = metrics["tokens/primary"] + metrics["tokens/continuations"]
+        trained = time.monotonic()
         metrics |= {
-            "timing/rollout": rollout_seconds,
-            "timing/train": train_seconds,
-            "timing/step": step_seconds,
-            "perf/tokens_per_second": tokens / step_seconds,
+            **stats.metrics,
+            **await self._publish(step),
+            "timing/rollout": taken - started,
+            "timing/train": trained - taken,
             "buffer/depth": float(self._buffer.depth),
             "groups/dropped": float(sum(self._buffer.dropped.values())),
         }
-        self._report.spend("rollout", rollout_seconds)
-        self._report.spend("train", train_seconds)
-        self._report.primary_tokens += int(metrics["tokens/primary"])
-        self._report.continuation_tokens += int(metrics["tokens/continuations"])
+        self._account(metrics, time.monotonic() - started)
         await self._record(step, groups)
-        self._progress.step(step, metrics)
-        for warning in warnings_of(metrics):
-            self._progress.warn(warning)
+        self._show(step, metrics)
         if self._due(self._config.evaluation.every, step):
             metrics |= await self._evaluate(step, log=False)
         self._sink.log(step, metrics)
         self._untrained.difference_update(group.prompt.position for group in groups)
         await self._buffer.release(len(groups))
         return True
+
+    def _account(self, metrics: dict[str, float], seconds: float) -> None:
+        """Add what follows from a step's metrics and duration to the metrics and to the report."""
+        tokens = metrics["tokens/primary"] + metrics["tokens/continuations"]
+        metrics |= {"timing/step": seconds, "perf/tokens_per_second": tokens / seconds}
+        self._report.spend("rollout", metrics["timing/rollout"])
+        self._report.spend("train", metrics["timing/train"])
+        self._report.primary_tokens += int(metrics["tokens/primary"])
+        self._report.continuation_tokens += int(metrics["tokens/continuations"])
+
+    def _show(self, step: int, metrics: dict[str, float]) -> None:
+        self._progress.step(step, metrics)
+        for warning in warnings_of(metrics):
+            self._progress.warn(warning)
 
     async def _take(self, version: int, collector: asyncio.Task[None]) -> list[CollectedGroup] | None:
         """The next batch; None when a stop was requested; the collect loop's error when it failed."""
@@ -172,7 +185,8 @@ class Orchestrator:
         try:
             await asyncio.wait({take, stop, collector}, return_when=asyncio.FIRST_COMPLETED)
             if collector.done():
-                raise _first(collector.exception())
+                await self._save_if_new(version)  # nothing is wrong with the learner
+                raise first_error(collector.exception() or RunStopped("the collect loop ended by itself"))
             return take.result() if take.done() and not self._stop.is_set() else None
         finally:
             await _cancel(take)
@@ -209,12 +223,16 @@ class Orchestrator:
         self._progress.phase("training")
         return metrics
 
+    async def _save_if_new(self, step: int) -> None:
+        if step and self._saved_step != step:
+            await self._checkpoint(step)
+
     async def _checkpoint(self, step: int) -> None:
         state = RunState(
             step=step,
             policy_version=step,
             position=self._stream.position,
-            pending_positions=tuple(sorted({*self._untrained, *self._redo})),
+            pending_positions=tuple(sorted({*self._untrained, *self._redo} - self._buffer.dropped_positions)),
             seed=self._config.seed,
         )
         with self._folder.new_checkpoint(state) as folder:
@@ -240,13 +258,6 @@ class Orchestrator:
             return await work
         finally:
             self._report.spend(phase, time.monotonic() - started)
-
-
-def _first(error: BaseException | None) -> BaseException:
-    """The first of the errors that a group of tasks ended with."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error or RunStopped("the collect loop ended by itself")
 
 
 async def _cancel(task: asyncio.Task[T]) -> None:

@@ -104,9 +104,9 @@ def _report_table(report: RunReport) -> Table:
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
-    for name in [name for name in report.evaluation_after if _is_accuracy(name)]:
-        before = report.evaluation_before.get(name)
-        table.add_row(name, "" if before is None else f"{before:.3f}", f"{report.evaluation_after[name]:.3f}")
+    before, after = report.evaluation_before, report.evaluation_after
+    for name in filter(_is_accuracy, dict.fromkeys((*before, *after))):
+        table.add_row(name, *(f"{side[name]:.3f}" if name in side else "" for side in (before, after)))
     table.add_section()
     table.add_row("completion tokens", "", f"{report.primary_tokens:,}")
     table.add_row("continuation tokens", "", f"{report.continuation_tokens:,}")

@@ -73,8 +73,9 @@ class RunFolder:
             mend = f"go on with it: train --resume {path}; or name" if cls.is_run(path) else "name"
             raise ConfigError(f"--run-dir: {path} is not empty; {mend} a new folder")
         (path / "checkpoints").mkdir(parents=True)
-        _write_atomically(path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        return cls(path.resolve())
+        folder = cls(path.resolve())
+        folder.write_config(config)
+        return folder
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -97,14 +98,19 @@ class RunFolder:
         """Where the trained policy lies when the run has ended, in Hugging Face format."""
         return self.path / "final"
 
+    def write_config(self, config: RunConfig) -> None:
+        """Write the resolved configuration: a resumed run's may differ from what it was started with."""
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        _write_atomically(self.path / "config.yaml", text)
+
     def config_data(self) -> dict[str, Any]:
-        """The resolved configuration the run was started with, as plain data for `resolve_config`.
+        """The resolved configuration that the run was last started with, as plain data for `resolve_config`.
 
         Raises:
             ConfigError: it is not YAML any more.
         """
         try:
-            return yaml.safe_load((self.path / "config.yaml").read_text())
+            return yaml.safe_load((self.path / "config.yaml").read_text()) or {}
         except yaml.YAMLError as error:
             raise ConfigError(f"{self.path / 'config.yaml'}: not valid YAML: {' '.join(str(error).split())}") from error
 
@@ -193,6 +199,11 @@ class RunFolder:
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()
             yield
+
+    def remove_unused(self) -> None:
+        """Delete the folder if its run never got as far as a metric: the same command can then be given again."""
+        if not (self.path / "metrics.jsonl").exists() and not self.steps():
+            shutil.rmtree(self.path)
 
     def _require(self, step: int) -> None:
         if step not in self.steps():

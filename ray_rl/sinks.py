@@ -100,6 +100,13 @@ def cut_after_step(path: Path, step: int) -> None:
         file.truncate(kept)
 
 
+def logged_metrics(path: Path, step: int) -> dict[str, float]:
+    """What `JsonlSink` has of a step; empty when it has nothing. Metrics without a finite value are left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    found: dict[str, float | None] = next((row for row in map(json.loads, lines) if row["step"] == step), {})
+    return {name: value for name, value in found.items() if name != "step" and value is not None}
+
+
 def _is_kept(line: bytes, step: int) -> bool:
     if not line.endswith(b"\n"):
         return False

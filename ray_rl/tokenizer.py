@@ -75,6 +75,8 @@ class TokenizerCodec:
         Raises:
             ValueError: Something that only a chat template can express, and none is used; or no messages.
         """
+        from jinja2 import TemplateError
+
         chat = self._uses_chat(use_chat_template)
         if isinstance(prompt, str):
             if not chat:
@@ -92,7 +94,10 @@ class TokenizerCodec:
             raise ValueError("the prompt is an empty list of messages")
         if system_prompt is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system_prompt})
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:  # a template may refuse roles, or their order
+            raise ValueError(f"model.chat_template: the template does not take these messages: {error}") from error
 
     def encode_prompt(
         self,

@@ -63,9 +63,26 @@ def resolve_config(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Ru
         if isinstance(merged.get(section), Mapping):
             merged[section] = {"kind": RunConfig.model_fields[section].default.kind, **merged[section]}
     try:
-        return RunConfig.model_validate(merged)
+        return RunConfig.model_validate(_with_absolute_paths(merged))
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(error))) from error
+
+
+_PATHS = (("model", "path"), ("task", "path"), ("task", "eval_path"), ("reward", "function"))
+
+
+def _with_absolute_paths(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A run may be resumed from another folder; what names a file or folder here is kept with its whole path."""
+    result = dict(data)
+    for section, key in _PATHS:
+        inner = result.get(section)
+        value = inner.get(key) if isinstance(inner, Mapping) else None
+        if isinstance(inner, Mapping) and isinstance(value, str):
+            path, colon, function = value.rpartition(":") if key == "function" else (value, "", "")
+            local = Path(path).expanduser()
+            if path and local.exists():
+                result[section] = {**inner, key: f"{local.resolve()}{colon}{function}"}
+    return result
 
 
 def task_from_text(text: str) -> dict[str, Any]:
@@ -81,7 +98,10 @@ def task_from_text(text: str) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f"task: option {pair!r} has no value; write {pair}=...")
-        options[key] = yaml.safe_load(value)
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"task: {value!r} is not valid YAML: {_one_line(str(error))}") from error
     if head.startswith("reasoning-gym:"):
         return {"kind": "reasoning_gym", "dataset": head.partition(":")[2], "options": options}
     if head == "arithmetic":

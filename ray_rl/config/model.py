@@ -28,5 +28,5 @@ class ModelConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more computation."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """The learner's attention implementation (a transformers name)."""
-    max_model_len: int = Field(2048, ge=8)
+    max_model_len: int = Field(256, ge=8)
     """Longest prompt plus completion, in tokens. Longer prompts are an error, never cut."""

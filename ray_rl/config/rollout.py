@@ -10,7 +10,7 @@ class RolloutConfig(Section):
 
     group_size: int = Field(8, ge=1)
     """G, completions per prompt."""
-    max_tokens: int = Field(256, ge=1)
+    max_tokens: int = Field(128, ge=1)
     """Longest completion, in tokens. A continuation may use what its prefix has left of them."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature of completions and continuations; the learner divides its logits by the same."""

@@ -1,5 +1,6 @@
 """The whole configuration of a run, and what must hold between its sections."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from ray_rl.config.segmentation import LinesSegmentation, SegmentationConfig
 from ray_rl.config.task import ArithmeticTaskConfig, DatasetTaskConfig, TaskConfig
 from ray_rl.config.values import FixedValues, NoValues, ValuesConfig
 from ray_rl.config.weights import NcclWeights, ObjectStoreWeights, WeightsConfig
+from ray_rl.embedded import policy_path
 
 
 class RunConfig(Section):
@@ -141,8 +143,8 @@ class RunConfig(Section):
             )
         if learner.gpus_per_rank > 1 or (learner.ranks > 1 and 0 < learner.gpus_per_rank < 1):
             yield (
-                f"learner.gpus_per_rank: {learner.gpus_per_rank:g}, but each of several ranks needs one GPU of its own and "
-                "uses no second; set it to 1 and choose learner.ranks"
+                f"learner.gpus_per_rank: {learner.gpus_per_rank:g}, but a rank computes on one GPU, and several ranks never "
+                "share one; set it to 1 and choose learner.ranks"
             )
 
     def _model_faults(self) -> Iterator[str]:
@@ -150,6 +152,12 @@ class RunConfig(Section):
         looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
         if path != "embedded" and looks_local and not Path(path).expanduser().is_dir():
             yield f"model.path: {path} does not exist; give a folder in Hugging Face format, or a Hugging Face name"
+        positions = _positions(path)
+        if positions is not None and self.model.max_model_len > positions:
+            yield (
+                f"model.max_model_len: {self.model.max_model_len} exceeds the {positions} positions of {path}; "
+                f"use at most {positions}"
+            )
         if self.model.dtype == "float16" and self.learner.gpus_per_rank == 0:
             yield (
                 "model.dtype: float16, which DeepSpeed trains on GPUs only; use float32 or bfloat16, or set "
@@ -164,3 +172,15 @@ class RunConfig(Section):
             )
         if self.model.system_prompt is not None and self.model.chat_template is False:
             yield "model.system_prompt: needs a chat template, and model.chat_template is false; leave out one of the two"
+
+
+def _positions(path: str) -> int | None:
+    """Longest sequence of the embedded policy or of a model in a local folder; None where nothing here tells."""
+    folder = policy_path() if path == "embedded" else Path(path).expanduser()
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text()).get("max_position_embeddings")
+    except ValueError:
+        return None  # whoever loads the model will say what is wrong with the file

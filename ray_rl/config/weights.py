@@ -21,7 +21,7 @@ class ObjectStoreWeights(WeightSection):
     """Ray's object store, then one shared-memory file per node that all its engines map. Any network, CPU and GPU."""
 
     kind: Literal["object_store"] = "object_store"
-    chunk_mib: int = Field(512, ge=1)
+    chunk_mib: int = Field(64, ge=1)
     """Size of one object in the store."""
 
 

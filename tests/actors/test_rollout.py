@@ -112,3 +112,11 @@ def test_evaluation_returns_answers_for_majority_votes():
         (1.0, "2", 5, True),
         (0.0, "1", 5, True),
     ]
+
+
+def test_an_unfinished_evaluation_answer_does_not_vote():
+    config = vineppo()
+    engine = Engine({PROMPT: [completion((4, 2), finished=False), completion(RIGHT)]})
+    rollout = Rollout(config, engine, InPlaceScorer(config.reward), Codec())
+    samples = asyncio.run(rollout.evaluate(prompt(token_ids=PROMPT), samples=2, temperature=1.0))
+    assert [(s.reward.value, s.answer, s.finished) for s in samples] == [(0.0, "", False), (1.0, "2", True)]

@@ -50,3 +50,14 @@ async def test_take_waits_for_a_whole_batch():
     await buffer.put(collected(1, version=0))
     assert len(await asyncio.wait_for(take, 0.1)) == 2
     assert buffer.depth == 0
+
+
+async def test_no_more_is_admitted_than_the_run_will_train_on_but_for_what_was_dropped():
+    buffer = StalenessBuffer(batch=1, max_staleness=1, total=2)
+    for position, version in ((0, 0), (1, 2)):
+        await buffer.admit()
+        await buffer.put(collected(position, version=version))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(buffer.admit(), 0.01)
+    await buffer.take(version=3)
+    await asyncio.wait_for(buffer.admit(), 0.01)

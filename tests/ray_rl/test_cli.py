@@ -5,7 +5,9 @@ import sys
 import pytest
 import yaml
 
+from ray_rl.config import RunConfig
 from ray_rl.config.load import recipe_names
+from ray_rl.run_state import RunFolder, RunState
 
 
 def ray_rl(*arguments: str) -> subprocess.CompletedProcess:
@@ -30,6 +32,7 @@ def ray_rl(*arguments: str) -> subprocess.CompletedProcess:
         ),
         (("validate", "laptop-grpo", "model.path=./nope"), "error: model.path: ./nope does not exist"),
         (("evaluate", "laptop-grpo", "--checkpoint", "3"), "error: --checkpoint: only a run has checkpoints"),
+        (("evaluate", "laptop-grpo", "--json", "/nowhere/x"), "error: --json: /nowhere is not a folder"),
         (("export", "/nowhere", "/tmp/x"), "error: /nowhere: not a run folder"),
         (("bench", "no-such-case"), "error: no-such-case: no such case"),
     ],
@@ -77,3 +80,12 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_resumed_run_keeps_its_seed(tmp_path):
+    RunFolder.create(tmp_path / "run", RunConfig(seed=3))
+    with RunFolder.open(tmp_path / "run").new_checkpoint(RunState.new(3)):
+        pass
+    done = ray_rl("train", "--resume", str(tmp_path / "run"), "seed=4")
+    assert done.returncode == 2
+    assert done.stderr == "error: seed: a resumed run keeps its seed, 3; leave it out, or begin a new run\n"

@@ -159,3 +159,43 @@ def test_a_step_that_learns_nothing_is_said(folder):
     pool = FakePool(make=lambda position, version: collected(position, version=version, rewards=(0.0, 0.0)))
     run = Run(folder, config_of(), pool).go()
     assert any("too hard" in warning for warning in run.screen.warnings)
+
+
+def test_what_is_trained_is_saved_when_the_gradings_of_a_later_step_fail(folder):
+    def make(position, version):
+        return collected(position, version=version, failures=14 if version == 2 else 0, graded=14)
+
+    with pytest.raises(RunStopped):
+        Run(folder, config_of(), FakePool(make=make)).go()
+    assert folder.latest_state().step == 2
+    assert folder.latest_state().pending_positions == (8, 9, 10, 11)
+
+
+def test_what_is_trained_is_saved_when_a_later_rollout_fails(folder):
+    class Broken(FakePool):
+        async def collect(self, prompt):
+            if self.version == 1:
+                raise RunStopped("broken")
+            return await super().collect(prompt)
+
+    with pytest.raises(RunStopped, match="broken"):
+        Run(folder, config_of(), Broken()).go()
+    assert folder.latest_state().step == 1
+
+
+def test_a_prompt_whose_group_was_dropped_is_not_pending(folder):
+    def make(position, version):
+        return collected(position, version=0 if position == 5 else version)
+
+    run = Run(folder, config_of(steps=6, max_staleness=1), FakePool(make=make)).go()
+    assert 5 not in folder.latest_state().pending_positions
+    assert 5 in run.orchestrator._buffer.dropped_positions or any(5 in batch for batch in run.learner.trained)
+
+
+def test_an_evaluation_before_is_not_reported_as_one_after(folder):
+    config = resolve_config(
+        {"training": {"steps": 1, "prompts_per_step": 4}, "evaluation": {"problems": 1, "at_end": False}}
+    )
+    report = Run(folder, config).go().report
+    assert report.evaluation_before["eval/pass@1"] == 0.0
+    assert report.evaluation_after == {}

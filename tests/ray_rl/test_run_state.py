@@ -140,3 +140,17 @@ def test_the_lock_goes_with_its_process(folder):
     subprocess.run([sys.executable, "-c", program], check=False)
     with folder.locked():
         pass
+
+
+def test_a_changed_configuration_replaces_the_old_one(folder):
+    folder.write_config(RunConfig(seed=3, name="longer"))
+    assert folder.config_data()["name"] == "longer"
+
+
+def test_a_folder_whose_run_never_began_can_be_removed_and_one_with_metrics_stays(folder):
+    (folder.path / "metrics.jsonl").write_text("{}\n")
+    folder.remove_unused()
+    assert folder.path.is_dir()
+    (folder.path / "metrics.jsonl").unlink()
+    folder.remove_unused()
+    assert not folder.path.exists()

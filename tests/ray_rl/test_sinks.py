@@ -8,7 +8,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ray_rl.config.orchestration import LoggingConfig
-from ray_rl.sinks import JsonlSink, TensorBoardSink, make_sink
+from ray_rl.sinks import JsonlSink, TensorBoardSink, logged_metrics, make_sink
 
 
 def rows(path: Path) -> list[dict]:
@@ -93,3 +93,12 @@ def test_tensorboard_does_not_bring_torch_into_the_driver(tmp_path):
         "sys.exit(bool({'torch', 'tensorflow'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_metrics_of_a_step_can_be_read_back(tmp_path):
+    assert logged_metrics(tmp_path / "m.jsonl", 0) == {}
+    sink = JsonlSink(tmp_path / "m.jsonl")
+    sink.log(0, {"eval/pass@1": 0.25, "b": float("nan")})
+    sink.log(1, {"a": 1.0})
+    assert logged_metrics(tmp_path / "m.jsonl", 0) == {"eval/pass@1": 0.25}
+    assert logged_metrics(tmp_path / "m.jsonl", 2) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import copy
 import subprocess
 import sys
 from itertools import pairwise
@@ -334,3 +335,10 @@ def test_importing_brings_in_nothing_heavy(module):
     code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == "[]"
+
+
+def test_messages_that_a_template_refuses_are_a_value_error(chat):
+    codec = TokenizerCodec(copy.deepcopy(chat.tokenizer))
+    codec.tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
+    with pytest.raises(ValueError, match=r"^model\.chat_template: .* no system role here"):
+        codec.render_prompt("hi", system_prompt="s")

@@ -150,8 +150,8 @@ FAULTS = {
         "weights.kind: nccl needs GPUs on both ends",
     ),
     "idle GPUs": (["rollout.gpus_per_actor=2"], "rollout.gpus_per_actor: 2, of which an engine uses"),
-    "GPUs of a rank": (["learner.gpus_per_rank=2"], "learner.gpus_per_rank: 2, but each of several ranks needs one"),
-    "shared GPU": (["learner.gpus_per_rank=0.5", "learner.ranks=2"], "learner.gpus_per_rank: 0.5, but each of several"),
+    "GPUs of a rank": (["learner.gpus_per_rank=2"], "learner.gpus_per_rank: 2, but a rank computes on one GPU"),
+    "shared GPU": (["learner.gpus_per_rank=0.5", "learner.ranks=2"], "learner.gpus_per_rank: 0.5, but a rank"),
     "float16 on CPU": (["model.dtype=float16"], "model.dtype: float16, which DeepSpeed trains on GPUs only"),
     "flash attention": (["model.attention=flash_attention_2"], "model.attention: flash_attention_2 needs GPUs"),
     "system prompt": (
@@ -224,3 +224,20 @@ def test_checking_a_configuration_imports_nothing_heavy():
     )
     found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     assert found.split() == []
+
+
+def test_paths_that_exist_here_are_kept_whole_so_that_a_run_resumes_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grader.py").write_text("def score(prompt, completion, answer, metadata): return 1.0\n")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    config = resolve_config(
+        {"reward": {"kind": "python", "function": "grader.py:score"}, "task": {"kind": "dataset", "path": "rows.jsonl"}}
+    )
+    assert config.reward.function == f"{tmp_path / 'grader.py'}:score"
+    assert config.task.path == str(tmp_path / "rows.jsonl")
+    assert resolve_config({"model": {"path": "owner/name", "max_model_len": 4096}}).model.path == "owner/name"
+
+
+def test_a_length_beyond_the_models_positions_is_told_before_the_model_is_loaded():
+    with pytest.raises(ConfigError, match=r"^model\.max_model_len: 512 exceeds the 256 positions of embedded"):
+        resolve_config({}, ["model.max_model_len=512"])
