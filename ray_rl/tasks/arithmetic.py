@@ -22,8 +22,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import Literal, overload
+from typing import Literal
 
+from ray_rl.tasks.lazy import LazyProblems
 from ray_rl.types import Problem
 
 Split = Literal["train", "eval"]
@@ -186,7 +187,23 @@ class ArithmeticTask:
 
     def problems(self, split: Split) -> Sequence[Problem]:
         """The problems of a split, made when asked for; item i depends only on seed, lengths, split and i."""
-        return _TrainProblems(self) if split == "train" else _EvalProblems(self)
+        if split == "train":
+            return LazyProblems(self.train_size, self._train_problem)
+        return LazyProblems(self.eval_size, lambda i: make_problem(self._eval_expressions[i], f"arithmetic:eval:{i}"))
+
+    def _train_problem(self, index: int) -> Problem:
+        """Drawn by a generator of its own: any of a million costs the same."""
+        rng = random.Random(f"arithmetic:train:{self.seed}:{index}")
+        return make_problem(self.draw(rng, "train"), f"arithmetic:train:{index}")
+
+    @cached_property
+    def _eval_expressions(self) -> list[str]:
+        """Drawn in one go on first use: that they differ from one another cannot be known one by one."""
+        rng = random.Random(f"arithmetic:eval:{self.seed}")
+        distinct: dict[str, None] = {}
+        while len(distinct) < self.eval_size:
+            distinct.setdefault(self.draw(rng, "eval"))
+        return list(distinct)
 
     def draw(self, rng: random.Random, split: Split) -> str:
         """A random expression of the split."""
@@ -197,57 +214,3 @@ class ArithmeticTask:
                 expression += f"{operator}{rng.randint(_SMALLEST_OPERAND[operator], 9)}"
             if split_of(expression) == split:
                 return expression
-
-
-class _Problems(Sequence[Problem]):
-    """A lazy sequence over `_at`, with the indexing rules of a tuple."""
-
-    def __init__(self, task: ArithmeticTask, size: int) -> None:
-        self._task = task
-        self._size = size
-
-    def __len__(self) -> int:
-        return self._size
-
-    @overload
-    def __getitem__(self, index: int) -> Problem: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Problem]: ...
-    def __getitem__(self, index: int | slice) -> Problem | Sequence[Problem]:
-        if isinstance(index, slice):
-            return tuple(self._at(i) for i in range(self._size)[index])
-        if not -self._size <= index < self._size:
-            raise IndexError(f"problem {index} of {self._size}")
-        return self._at(index % self._size)
-
-    def _at(self, index: int) -> Problem:
-        raise NotImplementedError
-
-
-class _TrainProblems(_Problems):
-    """Each problem drawn by a generator of its own: any of a million costs the same."""
-
-    def __init__(self, task: ArithmeticTask) -> None:
-        super().__init__(task, task.train_size)
-
-    def _at(self, index: int) -> Problem:
-        rng = random.Random(f"arithmetic:train:{self._task.seed}:{index}")
-        return make_problem(self._task.draw(rng, "train"), f"arithmetic:train:{index}")
-
-
-class _EvalProblems(_Problems):
-    """Drawn in one go on first use: that they differ from one another cannot be known one by one."""
-
-    def __init__(self, task: ArithmeticTask) -> None:
-        super().__init__(task, task.eval_size)
-
-    def _at(self, index: int) -> Problem:
-        return make_problem(self._expressions[index], f"arithmetic:eval:{index}")
-
-    @cached_property
-    def _expressions(self) -> list[str]:
-        rng = random.Random(f"arithmetic:eval:{self._task.seed}")
-        distinct: dict[str, None] = {}
-        while len(distinct) < self._size:
-            distinct.setdefault(self._task.draw(rng, "eval"))
-        return list(distinct)

@@ -11,11 +11,12 @@ import random
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, overload
+from typing import Any
 
 from ray_rl.config.task import ReasoningGymTaskConfig
 from ray_rl.errors import ConfigError
 from ray_rl.tasks import Split
+from ray_rl.tasks.lazy import LazyProblems
 from ray_rl.types import Problem
 
 EVAL_ONE_IN = 4
@@ -59,7 +60,7 @@ class ReasoningGymTask:
         Raises:
             ConfigError: the generator has no question for the split.
         """
-        return _TrainProblems(self, self._config.train_size) if split == "train" else self._eval_problems
+        return LazyProblems(self._config.train_size, self.train_problem) if split == "train" else self._eval_problems
 
     def train_problem(self, index: int) -> Problem:
         """Training problem `index` (0 to train_size - 1); depends on the configuration and the index only.
@@ -120,28 +121,6 @@ class ReasoningGymTask:
             size = config.train_size if split == "train" else config.eval_size
             self._sources[split, attempt] = _create(config.dataset, config.options, seed=seed, size=size)
         return self._sources[split, attempt]
-
-
-class _TrainProblems(Sequence[Problem]):
-    """A lazy sequence of training problems."""
-
-    def __init__(self, task: ReasoningGymTask, size: int) -> None:
-        self._task = task
-        self._size = size
-
-    def __len__(self) -> int:
-        return self._size
-
-    @overload
-    def __getitem__(self, index: int) -> Problem: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Problem]: ...
-    def __getitem__(self, index: int | slice) -> Problem | Sequence[Problem]:
-        if isinstance(index, slice):
-            return tuple(self._task.train_problem(i) for i in range(self._size)[index])
-        if not -self._size <= index < self._size:
-            raise IndexError(f"problem {index} of {self._size}")
-        return self._task.train_problem(index % self._size)
 
 
 def _create(name: str, options: Mapping[str, Any], *, seed: int, size: int) -> Any:

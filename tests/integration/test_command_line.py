@@ -175,12 +175,13 @@ def test_export_is_a_model_that_transformers_loads_with_the_trained_weights(fini
     assert AutoTokenizer.from_pretrained(tmp_path / "policy").decode([5]) is not None
 
 
-def test_two_runs_side_by_side_do_not_collide(tmp_path):
+def test_two_runs_side_by_side_do_not_collide_one_of_them_with_two_engines_and_two_ranks_under_zero_3(tmp_path):
     marks = [uuid.uuid4().hex, uuid.uuid4().hex]
+    sizes = [[], ["rollout.actors=2", "learner.ranks=2", "learner.zero_stage=3"]]
     processes = [
         start(
-            "train", "laptop-grpo", *(o for o in SMALL if not o.startswith("values")), "training.steps=1",
-            f"seed={index}", "--run-dir", str(tmp_path / str(index)), mark=mark,
+            "train", "laptop-grpo", *(o for o in SMALL if not o.startswith("values")), "training.steps=2",
+            *sizes[index], f"seed={index}", "--run-dir", str(tmp_path / str(index)), mark=mark,
         )
         for index, mark in enumerate(marks)
     ]  # fmt: skip
@@ -188,4 +189,6 @@ def test_two_runs_side_by_side_do_not_collide(tmp_path):
     assert [process.returncode for process in processes] == [0, 0], outputs
     for index, mark in enumerate(marks):
         assert (tmp_path / str(index) / "final" / "model.safetensors").is_file()
+        steps = [line for line in metrics(tmp_path / str(index)) if "timing/step" in line]
+        assert all(line["weights/probe_max_abs_diff"] < 1e-4 for line in steps)
         assert survivors(mark) == []

@@ -4,8 +4,7 @@ import random
 
 import pytest
 import ray
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from learner.advantages import training_samples
 from learner.distributed import host_store, join_store
@@ -25,10 +24,10 @@ from ray_rl.types import (
     TrajectoryGroup,
     VersionSpan,
 )
+from tests.tiny_model import VOCABULARY, save_tiny_model
 
 pytestmark = pytest.mark.integration
 
-VOCABULARY = 40
 COST = GroupCost(
     primary_tokens=0,
     continuations=0,
@@ -42,21 +41,7 @@ COST = GroupCost(
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("policy")
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(shape).save_pretrained(folder)
-    return folder
+    return save_tiny_model(tmp_path_factory.mktemp("policy"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,38 +6,20 @@ import random
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from learner.checkpoint import CheckpointError, export_model, load_checkpoint, save_checkpoint
 from learner.engine import LearnerEngine
 from ray_rl.config import resolve_config
 from ray_rl.types import TrainingSample
+from tests.tiny_model import VOCABULARY, save_tiny_model
 
-VOCABULARY = 40
 PROMPT = 4
-
-
-def tiny_model(folder, *, tied=True, seed=0):
-    torch.manual_seed(seed)
-    shape = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(shape).save_pretrained(folder)
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("policy"))
+    return save_tiny_model(tmp_path_factory.mktemp("policy"))
 
 
 def make_samples(count=8, seed=0, advantage=None):
@@ -183,7 +165,7 @@ def test_a_penalty_on_divergence_holds_the_policy_back(model_path):
 
 def test_padding_that_the_policy_finds_absurd_reaches_no_gradient(tmp_path):
     """Logits of thousands: at padding the policy gives the padding token e^-1000, against a 0 in the reference's table."""
-    model = LlamaForCausalLM.from_pretrained(tiny_model(tmp_path, tied=False))
+    model = LlamaForCausalLM.from_pretrained(save_tiny_model(tmp_path, tied=False))
     with torch.no_grad():
         model.lm_head.weight.mul_(300)
     model.save_pretrained(tmp_path)
@@ -248,7 +230,7 @@ def test_a_missing_checkpoint_is_named(model_path, tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_export_loads_in_transformers_with_equal_logprobs(tmp_path, tied):
-    source = tiny_model(tmp_path / "source", tied=tied)
+    source = save_tiny_model(tmp_path / "source", tied=tied)
     engine = make_engine(source)
     engine.train(make_samples(), 0)
     export_model(engine, source, tmp_path / "final")
