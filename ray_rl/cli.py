@@ -60,7 +60,7 @@ def train(
             from ray_rl.launch import train as launch_train
 
             report = launch_train(config, folder, start)
-    except ConfigError:
+    except (RunError, KeyboardInterrupt):
         folder.remove_unused()
         raise
     if report.interrupted:
