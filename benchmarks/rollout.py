@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ _RECIPE = "laptop-grpo"
 def run(options: Options) -> CaseResult:
     """Alternate between the actor and the bare engine in one process; the in-process LLM follows in its own."""
     measured = asyncio.run(_paired(options))
+    gc.collect()  # an engine that is collected as late as the interpreter's end complains about it
     measured["LLM in-process"] = _in_process(options)
     rows = [
         {"path": path, "tokens/s (median)": median(rates), "min": min(rates), "max": max(rates)}

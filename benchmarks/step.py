@@ -25,9 +25,9 @@ def run(options: Options) -> CaseResult:
     rows = [
         {
             "recipe": recipe,
-            **{f"{phase.removeprefix('timing/')} (s)": of_recipe[phase] for phase in _PHASES},
-            "completion tokens": round(of_recipe["tokens/primary"]),
-            "continuation tokens": round(of_recipe["tokens/continuations"]),
+            **{f"{phase.removeprefix('timing/').removeprefix('weight_')} s": of_recipe[phase] for phase in _PHASES},
+            "tokens": round(of_recipe["tokens/primary"]),
+            "continued": round(of_recipe["tokens/continuations"]),
         }
         for recipe, of_recipe in medians.items()
     ]

@@ -68,7 +68,7 @@ def show(console: Console, case: Case, result: CaseResult) -> None:
     """Print a case's table and headline."""
     table = Table(title=f"{case.name}: {case.about}", title_justify="left")
     for column in result.rows[0]:
-        table.add_column(column, justify="left" if isinstance(result.rows[0][column], str) else "right")
+        table.add_column(column, justify="left" if isinstance(result.rows[0][column], str) else "right", no_wrap=True)
     for row in result.rows:
         table.add_row(*(_cell(value) for value in row.values()))
     console.print(table)
