@@ -183,7 +183,7 @@ async def test_close_leaves_no_process_behind_not_even_what_a_grader_started(gra
 
 
 PARENT = """
-import asyncio, psutil, sys
+import asyncio, psutil, signal, sys
 from actors.scoring import ProcessPoolScorer
 from ray_rl.config.reward import PythonRewardConfig
 from ray_rl.types import Problem, ScoringItem
@@ -199,6 +199,8 @@ async def main():
     if sys.argv[2] != "exit":
         await call
 
+# Who was started in the background of a shell inherits that SIGINT is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 asyncio.run(main())
 """
 
