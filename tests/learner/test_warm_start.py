@@ -19,6 +19,8 @@ from learner.warm_start import IGNORED, WarmStartConfig  # noqa: E402
 from ray_rl.embedded import policy_path  # noqa: E402
 from ray_rl.tasks.arithmetic import ALPHABET, ArithmeticTask, demonstration, parse, split_of, verify  # noqa: E402
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
