@@ -55,14 +55,15 @@ def train(
         config = load_config(recipe, overrides or [])
         folder = RunFolder.create(run_dir, config)
         start = RunState.new(config.seed)
-    try:
-        with folder.locked():
-            from ray_rl.launch import train as launch_train
+    with folder.locked():
+        from ray_rl.launch import train as launch_train
 
+        try:
             report = launch_train(config, folder, start)
-    except (RunError, KeyboardInterrupt):
-        folder.remove_unused()
-        raise
+        except (RunError, KeyboardInterrupt):
+            if not resume:  # who resumes a run wants to keep it
+                folder.remove_unused()
+            raise
     if report.interrupted:
         raise typer.Exit(130)
 

@@ -78,7 +78,7 @@ class Orchestrator:
         self._record = record
         self._progress = progress
         self._report = report
-        self._buffer = self._new_buffer(config.training.steps)
+        self._buffer: StalenessBuffer  # made by `run`, which knows how many steps are left
         self._untrained: set[int] = set()
         self._redo: list[int] = []
         self._saved_step: int | None = None
@@ -98,7 +98,9 @@ class Orchestrator:
         self._redo = list(start.pending_positions)
         self._saved_step = start.step if start.step else None
         step = start.step
-        self._buffer = self._new_buffer(self._config.training.steps - step)
+        training = self._config.training
+        left = (training.steps - step) * training.prompts_per_step
+        self._buffer = StalenessBuffer(training.prompts_per_step, training.max_staleness, total=left)
         self._report.steps = step
         await self._publish(step)
         if self._config.evaluation.at_start and step == 0:
@@ -119,11 +121,6 @@ class Orchestrator:
         finally:
             await _cancel(collector)
         await self._finish(step)
-
-    def _new_buffer(self, steps: int) -> StalenessBuffer:
-        training = self._config.training
-        batch = training.prompts_per_step
-        return StalenessBuffer(batch, training.max_staleness, total=steps * batch)
 
     async def _finish(self, step: int) -> None:
         self._report.interrupted = step < self._config.training.steps

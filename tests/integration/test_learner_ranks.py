@@ -15,7 +15,6 @@ from ray_rl.config import resolve_config
 from ray_rl.protocols import CollectedGroup
 from ray_rl.types import (
     Completion,
-    GroupCost,
     GroupSummary,
     Problem,
     Prompt,
@@ -24,19 +23,10 @@ from ray_rl.types import (
     TrajectoryGroup,
     VersionSpan,
 )
+from tests.fakes import NO_COST
 from tests.tiny_model import VOCABULARY, save_tiny_model
 
 pytestmark = pytest.mark.integration
-
-COST = GroupCost(
-    primary_tokens=0,
-    continuations=0,
-    continuation_tokens=0,
-    states=0,
-    prefix_tokens=0,
-    cached_prefix_tokens=0,
-    seconds=0.0,
-)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +64,7 @@ def make_group(position, size=3):
         trajectories.append(
             Trajectory(completion=completion, text="", reward=reward, boundaries=(0, length), values=())
         )
-    return TrajectoryGroup(prompt=prompt, trajectories=tuple(trajectories), continuations=(), cost=COST)
+    return TrajectoryGroup(prompt=prompt, trajectories=tuple(trajectories), continuations=(), cost=NO_COST)
 
 
 def collected(position):
@@ -92,7 +82,7 @@ def collected(position):
         segments=3,
         value_mean=float("nan"),
         value_stderr=float("nan"),
-        cost=COST,
+        cost=NO_COST,
     )
     return CollectedGroup(prompt=group.prompt, ref=ray.put(group), summary=summary)
 

@@ -19,7 +19,6 @@ from learner.advantages import (
 from ray_rl.config.advantage import DrGrpoAdvantage, GrpoAdvantage, RlooAdvantage, VineppoAdvantage
 from ray_rl.types import (
     Completion,
-    GroupCost,
     Problem,
     Prompt,
     Reward,
@@ -29,6 +28,7 @@ from ray_rl.types import (
     TrajectoryGroup,
     VersionSpan,
 )
+from tests.fakes import NO_COST
 
 finite = st.floats(min_value=-100, max_value=100)
 
@@ -58,15 +58,7 @@ def make_group(*trajectories):
         prompt=Prompt(problem=Problem(problem_id="p", prompt="?", answer="!"), position=0, token_ids=(1, 2)),
         trajectories=trajectories,
         continuations=(),
-        cost=GroupCost(
-            primary_tokens=0,
-            continuations=0,
-            continuation_tokens=0,
-            states=0,
-            prefix_tokens=0,
-            cached_prefix_tokens=0,
-            seconds=0.0,
-        ),
+        cost=NO_COST,
     )
 
 

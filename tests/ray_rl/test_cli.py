@@ -5,7 +5,7 @@ import sys
 import pytest
 import yaml
 
-from ray_rl.config import RunConfig
+from ray_rl.config import RunConfig, resolve_config
 from ray_rl.config.load import recipe_names
 from ray_rl.run_state import RunFolder, RunState
 
@@ -89,3 +89,12 @@ def test_a_resumed_run_keeps_its_seed(tmp_path):
     done = ray_rl("train", "--resume", str(tmp_path / "run"), "seed=4")
     assert done.returncode == 2
     assert done.stderr == "error: seed: a resumed run keeps its seed, 3; leave it out, or begin a new run\n"
+
+
+def test_resuming_a_run_that_another_process_holds_leaves_its_folder_alone(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", resolve_config({}))
+    with folder.locked():
+        done = ray_rl("train", "--resume", str(folder.path))
+    assert done.returncode == 2
+    assert "is using this run" in done.stderr
+    assert (folder.path / "config.yaml").is_file()
