@@ -9,13 +9,18 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 from actors.scoring import Scorer
 from actors.segmentation import segment
-from actors.values import State, continuation_counts, distinct_states, state_value
+from actors.state_tree import ROOT
+from actors.values import Valuation
 from ray_rl.config import RunConfig
+from ray_rl.config.values import NoValues
+from ray_rl.errors import first_error
 from ray_rl.tokenizer import TokenizerCodec
 from ray_rl.types import (
     Completion,
@@ -40,6 +45,16 @@ class Sampler(Protocol):
         """n completions of a prefix; temperature None is the configured one, 0 is greedy."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Draft:
+    """A scored completion whose states are not valued yet."""
+
+    completion: Completion
+    text: str
+    boundaries: tuple[int, ...]
+    reward: Reward
+
+
 class Rollout:
     """Makes groups for training and answers for evaluation."""
 
@@ -53,35 +68,41 @@ class Rollout:
         """Sample and score a group; when the advantage needs state values, continue from its states and value them."""
         started = time.monotonic()
         rollout = self._config.rollout
-        completions = await self._engine.generate(prompt.token_ids, n=rollout.group_size, max_tokens=rollout.max_tokens)
-        rewards = await self._score(prompt, [(completion.token_ids, completion.finished) for completion in completions])
-        decoded = [self._codec.decode_with_offsets(completion.token_ids) for completion in completions]
-        if self._config.values.kind == "none":
+        if isinstance(self._config.values, NoValues):
+            completions = await self._engine.generate(
+                prompt.token_ids, n=rollout.group_size, max_tokens=rollout.max_tokens
+            )
+            rewards = await self._score(
+                prompt, [(completion.token_ids, completion.finished) for completion in completions]
+            )
             trajectories = [
-                Trajectory(completion=c, text=text, reward=r, boundaries=_whole(c), values=())
-                for c, r, (text, _) in zip(completions, rewards, decoded, strict=True)
+                Trajectory(completion=c, text=self._text(c.token_ids), reward=r, boundaries=_whole(c), values=())
+                for c, r in zip(completions, rewards, strict=True)
             ]
-            return _group(prompt, trajectories, [], states=0, started=started)
-        cuts = [segment(self._config.segmentation, text, starts) for text, starts in decoded]
-        states, starts = distinct_states([c.token_ids for c in completions], cuts)
-        continued = await self._continue(prompt, states)
-        trajectories = [
-            Trajectory(
-                completion=completion,
-                text=text,
-                reward=reward,
-                boundaries=own_cuts,
-                values=tuple(
-                    state_value(boundary, [continuation.reward for continuation in continued[state]])
-                    for boundary, state in zip(own_cuts[:-1], own_states, strict=True)
-                ),
-            )
-            for completion, reward, (text, _), own_cuts, own_states in zip(
-                completions, rewards, decoded, cuts, starts, strict=True
-            )
-        ]
-        flat = [continuation for of_state in continued for continuation in of_state]
-        return _group(prompt, trajectories, flat, states=len(states), started=started)
+            return _group(prompt, trajectories, None, started)
+
+        async def sample(index: int) -> Completion:
+            (completion,) = await self._engine.generate(prompt.token_ids, n=1, max_tokens=rollout.max_tokens)
+            return completion
+
+        async def grade(index: int, completion: Completion) -> Reward:
+            (reward,) = await self._score(prompt, [(completion.token_ids, completion.finished)])
+            return reward
+
+        return await self._valued(prompt, rollout.group_size, sample, grade, started)
+
+    async def values_of(
+        self, prompt: Prompt, completions: Sequence[Completion], rewards: Sequence[Reward]
+    ) -> TrajectoryGroup:
+        """Value completions that are there already; as `collect` with state values, but for sampling and scoring them."""
+
+        async def sample(index: int) -> Completion:
+            return completions[index]
+
+        async def grade(index: int, completion: Completion) -> Reward:
+            return rewards[index]
+
+        return await self._valued(prompt, len(completions), sample, grade, time.monotonic())
 
     async def evaluate(self, prompt: Prompt, *, samples: int, temperature: float) -> tuple[ScoredSample, ...]:
         """Scored answers without values; temperature 0 is greedy. What is unfinished has no final answer."""
@@ -101,23 +122,73 @@ class Rollout:
             for completion, reward in zip(completions, rewards, strict=True)
         )
 
-    async def _continue(self, prompt: Prompt, states: Sequence[State]) -> list[list[Continuation]]:
-        """Scored continuations of each state, as many as the configured estimator asks for."""
-        counts = continuation_counts(self._config.values, states)
-        return await asyncio.gather(
-            *(self._continue_from(prompt, state, count) for state, count in zip(states, counts, strict=True))
-        )
+    async def _valued(
+        self,
+        prompt: Prompt,
+        count: int,
+        sample: Callable[[int], Awaitable[Completion]],
+        grade: Callable[[int, Completion], Awaitable[Reward]],
+        started: float,
+    ) -> TrajectoryGroup:
+        """A group of `count` completions with the values of their states.
 
-    async def _continue_from(self, prompt: Prompt, state: State, count: int) -> list[Continuation]:
-        """Continuations of one state; they may use the tokens that its prefix has left."""
+        Where the estimator waits for no outcome, a state is continued as soon as its completion is there, the prompt's
+        state at once. What is planned later waits for the results of the round before, of this group alone.
+        """
+        assert not isinstance(self._config.values, NoValues)
+        valuation = Valuation(self._config.values, count)
+        drafts: list[_Draft | None] = [None] * count
+
+        async def enter(index: int, tasks: asyncio.TaskGroup) -> None:
+            completion = await sample(index)
+            text, starts = self._codec.decode_with_offsets(completion.token_ids)
+            cuts = segment(self._config.segmentation, text, starts, completion.behavior_logprobs)
+            for state in valuation.tree.add(index, completion.token_ids, completion.behavior_logprobs, cuts):
+                self._start(tasks, prompt, valuation, state, valuation.at_once)
+            reward = await grade(index, completion)
+            drafts[index] = _Draft(completion=completion, text=text, boundaries=cuts, reward=reward)
+
+        async with _plain_errors(), asyncio.TaskGroup() as tasks:
+            self._start(tasks, prompt, valuation, ROOT, valuation.at_once)
+            for index in range(count):
+                tasks.create_task(enter(index, tasks))
+        done = [draft for draft in drafts if draft is not None]
+        for index, draft in enumerate(done):
+            valuation.add_reward(index, draft.reward)
+        while asked := valuation.plan():
+            async with _plain_errors(), asyncio.TaskGroup() as tasks:
+                for state, count in asked.items():
+                    self._start(tasks, prompt, valuation, state, count)
+        trajectories = [
+            Trajectory(
+                completion=draft.completion,
+                text=draft.text,
+                reward=draft.reward,
+                boundaries=draft.boundaries,
+                values=valuation.values(index, draft.boundaries, draft.reward),
+            )
+            for index, draft in enumerate(done)
+        ]
+        return _group(prompt, trajectories, valuation, started)
+
+    def _start(self, tasks: asyncio.TaskGroup, prompt: Prompt, valuation: Valuation, state: int, count: int) -> None:
+        if count:
+            tasks.create_task(self._continue_from(prompt, valuation, state, count))
+
+    async def _continue_from(self, prompt: Prompt, valuation: Valuation, index: int, count: int) -> None:
+        """Scored continuations of one state; they may use the tokens that its prefix has left."""
+        state = valuation.tree.states[index]
         completions = await self._engine.generate(
             (*prompt.token_ids, *state.prefix), n=count, max_tokens=self._config.rollout.max_tokens - state.boundary
         )
         rewards = await self._score(prompt, [((*state.prefix, *c.token_ids), c.finished) for c in completions])
-        return [
-            Continuation(trajectory=state.trajectory, boundary=state.boundary, completion=completion, reward=reward)
-            for completion, reward in zip(completions, rewards, strict=True)
-        ]
+        for completion, reward in zip(completions, rewards, strict=True):
+            valuation.add(
+                index,
+                Continuation(
+                    trajectory=state.trajectory, boundary=state.boundary, completion=completion, reward=reward
+                ),
+            )
 
     async def _score(self, prompt: Prompt, answers: Sequence[tuple[Sequence[int], bool]]) -> list[Reward]:
         """Rewards of (token ids, finished); the unfinished are not graded."""
@@ -136,26 +207,31 @@ def _whole(completion: Completion) -> tuple[int, ...]:
     return (0, len(completion.token_ids)) if completion.token_ids else (0,)
 
 
+@asynccontextmanager
+async def _plain_errors() -> AsyncIterator[None]:
+    """What a group of tasks fails with, as the first error itself: callers tell engines' and graders' deaths by type."""
+    try:
+        yield
+    except BaseExceptionGroup as errors:
+        raise first_error(errors) from errors
+
+
 def _group(
-    prompt: Prompt,
-    trajectories: Sequence[Trajectory],
-    continuations: Sequence[Continuation],
-    *,
-    states: int,
-    started: float,
+    prompt: Prompt, trajectories: Sequence[Trajectory], valuation: Valuation | None, started: float
 ) -> TrajectoryGroup:
+    continuations = valuation.continuations() if valuation else ()
     cost = GroupCost(
         primary_tokens=sum(len(trajectory.completion.token_ids) for trajectory in trajectories),
         continuations=len(continuations),
         continuation_tokens=sum(len(continuation.completion.token_ids) for continuation in continuations),
-        states=states,
+        states=len(valuation.tree.states) if valuation else 0,
+        closed_states=valuation.closed_states() if valuation else 0,
+        rounds=valuation.rounds if valuation else 0,
         prefix_tokens=sum(len(prompt.token_ids) + continuation.boundary for continuation in continuations),
         cached_prefix_tokens=sum(continuation.completion.cached_tokens for continuation in continuations),
         seconds=time.monotonic() - started,
     )
-    return TrajectoryGroup(
-        prompt=prompt, trajectories=tuple(trajectories), continuations=tuple(continuations), cost=cost
-    )
+    return TrajectoryGroup(prompt=prompt, trajectories=tuple(trajectories), continuations=continuations, cost=cost)
 
 
 def summarize(group: TrajectoryGroup) -> GroupSummary:
@@ -164,7 +240,7 @@ def summarize(group: TrajectoryGroup) -> GroupSummary:
     sampled: list[Trajectory | Continuation] = [*trajectories, *group.continuations]
     versions = [span.version for sample in sampled for span in sample.completion.versions]
     values = [value for trajectory in trajectories for value in trajectory.values if value.count]
-    errors = [value.stderr for value in values if math.isfinite(value.stderr)]
+    errors = [value.stderr for value in values if math.isfinite(value.stderr) and not value.closed]
     gradings = [sample for sample in sampled if sample.completion.finished]
     return GroupSummary(
         prompt_id=group.prompt.prompt_id,

@@ -2,13 +2,14 @@
 
 First the text gives cuts, character offsets at which a new segment begins; then the tokens give boundaries. Nothing is
 changed or re-tokenised, so the segments joined are the completion. The source idea is VinePPO's (arXiv 2410.01679):
-meaningful blocks, cut at line breaks, sentence ends or commas outside formulas.
+meaningful blocks, cut at line breaks, sentence ends or commas outside formulas. Two kinds count tokens instead:
+`cutpoints` those that the policy was uncertain of (`actors.cutpoints`), `fixed` all of them.
 
 Guarantees, for every text:
 
 - No text cut lies inside a balanced formula (`actors.formulas` says what that is; at most MAX_FORMULA_CHARS characters
-  long), nor on the rest of a line after an unbalanced opener. Splits of over-long segments (`max_tokens`) and `fixed`
-  count tokens and ignore text.
+  long), nor on the rest of a line after an unbalanced opener. Splits of over-long segments (`max_tokens`),
+  `cutpoints` and `fixed` ignore text.
 - A cut at character c depends on ``text[: c + LOOKAHEAD_CHARS]`` alone: whatever is appended later, it neither appears
   nor goes. The look-ahead closes formulas; all else needs BLANK_CHARS at most. Were the future free to move a
   boundary, the state's value would be conditioned on it. Hence short pieces merge forwards, never backwards.
@@ -23,10 +24,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from actors.cutpoints import uncertain_cuts
 from actors.formulas import MAX_FORMULA_CHARS, Formula, find_formulas
 
 if TYPE_CHECKING:
-    from ray_rl.config.segmentation import FixedSegmentation, SegmentationConfig, TextSegmentation
+    from ray_rl.config.segmentation import (
+        CutpointsSegmentation,
+        FixedSegmentation,
+        LimitedSegmentation,
+        SegmentationConfig,
+    )
 
 LOOKAHEAD_CHARS = MAX_FORMULA_CHARS + 48
 """Characters after a cut that may have a say in it; 48 for a delimiter that begins within reach and ends beyond."""
@@ -113,10 +120,6 @@ def token_boundaries(
     Raises:
         ValueError: A limit below 1, or `max_tokens` below `min_tokens`.
     """
-    if not 1 <= min_tokens <= (min_tokens if max_tokens is None else max_tokens):
-        raise ValueError(f"need 1 <= min_tokens <= max_tokens, got {min_tokens=}, {max_tokens=}")
-    if max_segments is not None and max_segments < 1:
-        raise ValueError(f"need 1 <= max_segments, got {max_segments=}")
     with_text = bisect_left(token_starts, len(text))
     wanted = []
     opener_starts = [formula.start for formula in find_formulas(text)] if cuts else []
@@ -132,17 +135,31 @@ def token_boundaries(
     return _limit(wanted, with_text, len(token_starts), min_tokens, max_tokens, max_segments)
 
 
-def segment(config: SegmentationConfig, text: str, token_starts: Sequence[int]) -> tuple[int, ...]:
-    """Boundaries of a completion as `token_boundaries` gives them, cut as `config.kind` says."""
-    return SEGMENTERS[config.kind](config, text, token_starts)
+def segment(
+    config: SegmentationConfig, text: str, token_starts: Sequence[int], behavior_logprobs: Sequence[float]
+) -> tuple[int, ...]:
+    """Boundaries of a completion as `token_boundaries` gives them, cut as `config.kind` says.
+
+    Args:
+        config: The kind, and the limits of the segments.
+        text: The completion without special tokens.
+        token_starts: [T], as in `token_boundaries`.
+        behavior_logprobs: [T], natural logs, of the policy that sampled at the temperature it sampled with.
+
+    Raises:
+        ValueError: Not as many log-probabilities as tokens.
+    """
+    if len(behavior_logprobs) != len(token_starts):
+        raise ValueError(f"{len(token_starts)} tokens came with {len(behavior_logprobs)} log-probabilities")
+    return SEGMENTERS[config.kind](config, text, token_starts, behavior_logprobs)
 
 
 def _text(
-    cuts: Callable[[str], list[int]], config: TextSegmentation, text: str, token_starts: Sequence[int]
+    cuts: Callable[[str], list[int]], config: LimitedSegmentation, text: str, starts: Sequence[int], _: Sequence[float]
 ) -> tuple[int, ...]:
     return token_boundaries(
         cuts(text),
-        token_starts,
+        starts,
         text,
         min_tokens=config.min_tokens,
         max_tokens=config.max_tokens,
@@ -150,17 +167,26 @@ def _text(
     )
 
 
-def _fixed(config: FixedSegmentation, text: str, token_starts: Sequence[int]) -> tuple[int, ...]:
-    return token_boundaries((), token_starts, text, max_tokens=config.tokens, max_segments=config.max_segments)
+def _cutpoints(
+    config: CutpointsSegmentation, text: str, starts: Sequence[int], logprobs: Sequence[float]
+) -> tuple[int, ...]:
+    wanted = uncertain_cuts(logprobs, every=config.every, threshold=config.threshold)
+    with_text = bisect_left(starts, len(text))
+    return _limit(wanted, with_text, len(starts), config.min_tokens, config.max_tokens, config.max_segments)
 
 
-SEGMENTERS: Mapping[str, Callable[[Any, str, Sequence[int]], tuple[int, ...]]] = {
+def _fixed(config: FixedSegmentation, text: str, starts: Sequence[int], _: Sequence[float]) -> tuple[int, ...]:
+    return token_boundaries((), starts, text, max_tokens=config.tokens, max_segments=config.max_segments)
+
+
+SEGMENTERS: Mapping[str, Callable[[Any, str, Sequence[int], Sequence[float]], tuple[int, ...]]] = {
     "lines": partial(_text, cuts_lines),
     "sentences": partial(_text, cuts_sentences),
     "clauses": partial(_text, cuts_clauses),
+    "cutpoints": _cutpoints,
     "fixed": _fixed,
 }
-"""Each kind of `ray_rl.config.segmentation` and what it does: (its config, text, token_starts) -> boundaries."""
+"""Each kind of `ray_rl.config.segmentation` and what it does: (config, text, token_starts, logprobs) -> boundaries."""
 
 
 def _limit(
@@ -171,11 +197,15 @@ def _limit(
     max_tokens: int | None,
     max_segments: int | None,
 ) -> tuple[int, ...]:
-    """`wanted` token offsets (ascending) thinned and filled up to the limits of `token_boundaries`."""
+    """`wanted` token offsets (ascending) thinned and filled up to the limits of `token_boundaries`, and its errors."""
+    if not 1 <= min_tokens <= (min_tokens if max_tokens is None else max_tokens):
+        raise ValueError(f"need 1 <= min_tokens <= max_tokens, got {min_tokens=}, {max_tokens=}")
+    if max_segments is not None and max_segments < 1:
+        raise ValueError(f"need 1 <= max_segments, got {max_segments=}")
     if total == 0:
         return (0,)
     bounds = [0]
-    for token in (*wanted, with_text):
+    for token in (*(token for token in wanted if token < with_text), with_text):
         while max_tokens is not None and token - bounds[-1] > max_tokens:
             bounds.append(bounds[-1] + max_tokens)
         if token < with_text and token - bounds[-1] >= min_tokens:

@@ -1,83 +1,167 @@
-"""Which states get how many continuations, and what their rewards say about the states (pure decisions)."""
+"""Which states get how many continuations, and what a group's states are worth (pure but for who samples)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
-from ray_rl.config.values import FixedValues, NoValues, ValuesConfig
-from ray_rl.types import Reward, StateValue
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class State:
-    """A point inside a group's completions from which continuations may start."""
-
-    trajectory: int
-    """The first trajectory of the group that passes through it."""
-    boundary: int
-    """Tokens of that trajectory before the state; 0 = the prompt."""
-    prefix: tuple[int, ...]
-    """[boundary] those tokens. Equal prefixes are one state."""
+from actors.adaptive import AdaptiveEstimator
+from actors.evidence import Evidence, state_value
+from actors.state_tree import StateTree
+from ray_rl.config.values import AdaptiveValues, FixedValues
+from ray_rl.types import Continuation, Reward, StateValue, TrajectoryGroup
 
 
-def distinct_states(
-    completions: Sequence[Sequence[int]], boundaries: Sequence[Sequence[int]]
-) -> tuple[list[State], list[list[int]]]:
-    """The states at which the segments of a group start, equal ones once.
+class Estimator(Protocol):
+    """Decides, for one group, which states are continued; sees tokens and rewards only through tree and evidence."""
 
-    Args:
-        completions: [G] token ids.
-        boundaries: [G] 0 = b_0 < ... < b_n = T of each completion.
+    def at_once(self) -> int:
+        """Continuations of each state as soon as it is known, before any outcome is."""
+
+    def plan(self) -> Mapping[int, int]:
+        """The next round, once all completions and all continuations asked for are in: state -> continuations."""
+
+    def closed_from(self, trajectory: int) -> int:
+        """Index of a completion's first state that is worth its own reward; its number of segments when none is."""
+
+
+class FixedEstimator:
+    """K for every state (VinePPO, arXiv 2410.01679, section 4). Unbiased; variance p(1-p)/K for rewards in {0, 1}."""
+
+    def __init__(self, config: FixedValues, tree: StateTree, evidence: Evidence) -> None:
+        """Of one group."""
+        self._config = config
+        self._tree = tree
+
+    def at_once(self) -> int:
+        """K: no outcome is needed."""
+        return self._config.num_continuations
+
+    def plan(self) -> Mapping[int, int]:
+        """Nothing more."""
+        return {}
+
+    def closed_from(self, trajectory: int) -> int:
+        """No state."""
+        return len(self._tree.path(trajectory))
+
+
+ESTIMATORS: Mapping[str, Callable[[Any, StateTree, Evidence], Estimator]] = {
+    "fixed": FixedEstimator,
+    "adaptive": AdaptiveEstimator,
+}
+"""`values.kind` -> estimator of one group."""
+
+
+class Valuation:
+    """The values of one group in the making: the tree of states, what speaks for them, and what to ask for next."""
+
+    def __init__(self, config: FixedValues | AdaptiveValues, group_size: int) -> None:
+        """Before anything is sampled."""
+        self._pool = config.pool
+        self.tree = StateTree(group_size)
+        self._evidence = Evidence(self.tree)
+        self._estimator = ESTIMATORS[config.kind](config, self.tree, self._evidence)
+        self._continuations: list[tuple[int, Continuation]] = []
+        self._counted = 0
+        self._rounds = 0
+
+    @property
+    def at_once(self) -> int:
+        """Continuations of each state as soon as it is known."""
+        return self._estimator.at_once()
+
+    @property
+    def rounds(self) -> int:
+        """Rounds planned so far; what is asked for at once is the first."""
+        return self._rounds + (self.at_once > 0)
+
+    def add_reward(self, trajectory: int, reward: Reward) -> None:
+        """Of a completion that is in the tree."""
+        self._evidence.add_trajectory(trajectory, reward)
+
+    def add(self, state: int, continuation: Continuation) -> None:
+        """A scored continuation of a state."""
+        self._continuations.append((state, continuation))
+
+    def plan(self) -> Mapping[int, int]:
+        """The next round of continuations, state -> number; nothing when all is decided.
+
+        Only now, with all states known, can it be told through which of them a continuation passed.
+        """
+        for state, continuation in self._continuations[self._counted :]:
+            self._evidence.add_continuation(state, continuation.completion.token_ids, continuation.reward)
+        self._counted = len(self._continuations)
+        asked = self._estimator.plan()
+        self._rounds += bool(asked)
+        return asked
+
+    def values(self, trajectory: int, boundaries: Sequence[int], reward: Reward) -> tuple[StateValue, ...]:
+        """[n] of the states at which a completion's segments start; after the last round."""
+        path, closed = self.tree.path(trajectory), self._estimator.closed_from(trajectory)
+        showed = len(self._evidence.of(path[closed], without=trajectory)) if closed < len(path) else 0
+        sampled = [
+            state_value(boundary, self._evidence.of(state, pool=self._pool, without=trajectory))
+            for boundary, state in zip(boundaries, path[:closed], strict=False)
+        ]
+        closed_values = [
+            StateValue(boundary=boundary, mean=reward.value, stderr=0.0, count=showed, closed=True)
+            for boundary in boundaries[closed : len(path)]
+        ]
+        return (*sampled, *closed_values)
+
+    def continuations(self) -> tuple[Continuation, ...]:
+        """All of them, each with the value of its state as the others tell it."""
+        return tuple(
+            replace(continuation, baseline=self._evidence.baseline(state, continuation.reward, pool=self._pool))
+            for state, continuation in sorted(self._continuations, key=lambda pair: pair[0])
+        )
+
+    def closed_states(self) -> int:
+        """States whose value no completion needed samples of."""
+        open_states = {
+            state
+            for trajectory in range(self.tree.group_size)
+            for state in self.tree.path(trajectory)[: self._estimator.closed_from(trajectory)]
+        }
+        return len(self.tree.states) - len(open_states)
+
+
+def replay(config: FixedValues | AdaptiveValues, group: TrajectoryGroup) -> list[dict[int, int]]:
+    """Decide again what was decided for a recorded group.
 
     Returns:
-        The states, and for each completion [n] the index of the state at which each of its segments starts.
+        For each round the number of continuations asked for, by state; states are numbered as the completions, in their
+        order, reach them. The prompt is 0.
+
+    Raises:
+        ValueError: the record does not hold what is asked for, so it was made under another configuration or code.
     """
-    states: list[State] = []
-    index: dict[tuple[int, ...], int] = {}
-    starts: list[list[int]] = []
-    for trajectory, (tokens, cuts) in enumerate(zip(completions, boundaries, strict=True)):
-        own: list[int] = []
-        for boundary in cuts[:-1]:
-            prefix = tuple(tokens[:boundary])
-            if prefix not in index:
-                index[prefix] = len(states)
-                states.append(State(trajectory=trajectory, boundary=boundary, prefix=prefix))
-            own.append(index[prefix])
-        starts.append(own)
-    return states, starts
-
-
-def fixed_continuations(config: FixedValues, states: Sequence[State]) -> list[int]:
-    """K for every state (VinePPO, arXiv 2410.01679, section 4). Unbiased; variance p(1-p)/K for rewards in {0, 1}."""
-    return [config.num_continuations] * len(states)
-
-
-def no_continuations(config: NoValues, states: Sequence[State]) -> list[int]:
-    """None for any state."""
-    return [0] * len(states)
-
-
-ESTIMATORS: dict[str, Callable[..., list[int]]] = {"fixed": fixed_continuations, "none": no_continuations}
-
-
-def continuation_counts(config: ValuesConfig, states: Sequence[State]) -> list[int]:
-    """How many continuations start from each state."""
-    return ESTIMATORS[config.kind](config, states)
-
-
-def state_value(boundary: int, rewards: Sequence[Reward]) -> StateValue:
-    """Mean of the rewards whose grading did not fail, with the standard error of that mean (sample form).
-
-    With no such reward the mean is nan and the count 0: the value is unknown.
-    """
-    values = [reward.value for reward in rewards if reward.failure is None]
-    count = len(values)
-    if count == 0:
-        return StateValue(boundary=boundary, mean=math.nan, stderr=math.inf, count=0)
-    mean = math.fsum(values) / count
-    if count == 1:
-        return StateValue(boundary=boundary, mean=mean, stderr=math.inf, count=1)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    return StateValue(boundary=boundary, mean=mean, stderr=math.sqrt(variance / count), count=count)
+    valuation = Valuation(config, len(group.trajectories))
+    for index, trajectory in enumerate(group.trajectories):
+        completion = trajectory.completion
+        valuation.tree.add(index, completion.token_ids, completion.behavior_logprobs, trajectory.boundaries)
+    for index, trajectory in enumerate(group.trajectories):
+        valuation.add_reward(index, trajectory.reward)
+    recorded: dict[tuple[int, ...], list[Continuation]] = {}
+    for continuation in group.continuations:
+        tokens = group.trajectories[continuation.trajectory].completion.token_ids
+        recorded.setdefault(tokens[: continuation.boundary], []).append(continuation)
+    rounds = []
+    asked: Mapping[int, int] = dict.fromkeys(range(len(valuation.tree.states)), valuation.at_once)
+    if not valuation.at_once:
+        asked = valuation.plan()
+    while asked:
+        rounds.append(dict(asked))
+        for state, count in asked.items():
+            of_state = recorded.get(valuation.tree.states[state].prefix, [])
+            if len(of_state) < count:
+                raise ValueError(f"the record lacks {count - len(of_state)} continuations of state {state}")
+            for continuation in of_state[:count]:
+                valuation.add(state, continuation)
+            del of_state[:count]
+        asked = valuation.plan()
+    if left := sum(map(len, recorded.values())):
+        raise ValueError(f"{left} continuations of the record are not asked for")
+    return rounds

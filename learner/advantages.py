@@ -9,19 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
-from ray_rl.types import TrainingSample, Trajectory, TrajectoryGroup
-
-if TYPE_CHECKING:
-    from ray_rl.config.advantage import AdvantageConfig
+from ray_rl.types import Trajectory, TrajectoryGroup
 
 STD_FLOOR = 1e-6
 """Added to the standard deviation of a group's rewards."""
-VARIANCE_FLOOR = 1e-8
-"""Added to the variance when whitening (VinePPO's code)."""
 
 TokenAdvantages = tuple[float, ...] | None
 """[T], one per completion token; None for a trajectory that does not train."""
@@ -154,65 +147,3 @@ ADVANTAGES: Mapping[str, Callable[[TrajectoryGroup], list[TokenAdvantages]]] = {
     "vineppo": vineppo_advantages,
 }
 """`advantage.kind` -> function of a group."""
-
-
-def training_samples(group: TrajectoryGroup, config: AdvantageConfig) -> list[TrainingSample]:
-    """One sample per trajectory, in the group's order: prompt and completion tokens, of which the completion's train.
-
-    A trajectory whose grading failed keeps its place with an empty loss mask.
-
-    Raises:
-        ValueError: `vineppo` on a group without state values.
-    """
-    advantages = ADVANTAGES[config.kind](group)
-    return [
-        _sample(group.prompt.token_ids, trajectory, of_tokens)
-        for trajectory, of_tokens in zip(group.trajectories, advantages, strict=True)
-    ]
-
-
-def _sample(prompt: tuple[int, ...], trajectory: Trajectory, advantages: TokenAdvantages) -> TrainingSample:
-    completion = trajectory.completion
-    blank = (0.0,) * len(prompt)
-    trains = advantages is not None
-    nothing = (0.0,) * len(completion.token_ids)
-    return TrainingSample(
-        token_ids=prompt + completion.token_ids,
-        loss_mask=(False,) * len(prompt) + (trains,) * len(completion.token_ids),
-        behavior_logprobs=blank + (completion.behavior_logprobs if trains else nothing),
-        advantages=blank + (nothing if advantages is None else advantages),
-    )
-
-
-def whiten(samples: Sequence[TrainingSample]) -> list[TrainingSample]:
-    """Advantages shifted and scaled to mean 0 and variance 1 over all loss tokens of the samples.
-
-    (A - mean) / sqrt(var + 1e-8) with the unbiased variance, as VinePPO's code has it. Fewer than two loss tokens
-    are returned unchanged.
-    """
-    flat = loss_token_advantages(samples)
-    if len(flat) < 2:
-        return list(samples)
-    mean = math.fsum(flat) / len(flat)
-    variance = math.fsum((a - mean) ** 2 for a in flat) / (len(flat) - 1)
-    scale = 1 / math.sqrt(variance + VARIANCE_FLOOR)
-    return [
-        replace(
-            sample,
-            advantages=tuple(
-                (a - mean) * scale if trains else 0.0
-                for a, trains in zip(sample.advantages, sample.loss_mask, strict=True)
-            ),
-        )
-        for sample in samples
-    ]
-
-
-def loss_token_advantages(samples: Sequence[TrainingSample]) -> list[float]:
-    """The advantages of all loss tokens of the samples, in order."""
-    return [
-        advantage
-        for sample in samples
-        for advantage, trains in zip(sample.advantages, sample.loss_mask, strict=True)
-        if trains
-    ]

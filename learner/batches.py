@@ -1,7 +1,8 @@
-"""Samples as padded tensors, and quantities per token that all ranks know."""
+"""Samples as padded tensors, the totals of a minibatch, and quantities per token that all ranks know."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from learner.distributed import sum_over_ranks
+from learner.losses import LossTotals
 from learner.packing import FILLER, pack
 from ray_rl.types import Microbatch, TrainingSample
 
@@ -27,6 +29,23 @@ class TensorBatch:
     """[B, L - 1] float32"""
     behavior_logprobs: Tensor
     """[B, L - 1] float32"""
+    weights: Tensor
+    """[B, L - 1] float32, zero outside the loss mask."""
+
+
+def loss_totals(samples: Sequence[TrainingSample], *, max_tokens: int) -> LossTotals:
+    """Of a whole minibatch.
+
+    Args:
+        samples: all of the minibatch, whichever rank works on them.
+        max_tokens: longest completion the run allows.
+    """
+    sums = [(math.fsum(sample.weights), sample.loss_tokens) for sample in samples if sample.loss_tokens]
+    return LossTotals(
+        tokens=math.fsum(weight for weight, _ in sums),
+        sequences=math.fsum(weight / tokens for weight, tokens in sums),
+        max_tokens=max_tokens,
+    )
 
 
 def tensor_batch(samples: Sequence[TrainingSample], microbatch: Microbatch, device: torch.device) -> TensorBatch:
@@ -40,11 +59,16 @@ def tensor_batch(samples: Sequence[TrainingSample], microbatch: Microbatch, devi
         loss_mask=_padded([row.loss_mask for row in rows], torch.bool)[:, 1:].to(device),
         advantages=_padded([row.advantages for row in rows], torch.float32)[:, 1:].to(device),
         behavior_logprobs=_padded([row.behavior_logprobs for row in rows], torch.float32)[:, 1:].to(device),
+        weights=_padded([row.weights for row in rows], torch.float32)[:, 1:].to(device),
     )
 
 
 _FILLER_SAMPLE = TrainingSample(
-    token_ids=(0, 0), loss_mask=(False, False), behavior_logprobs=(0.0, 0.0), advantages=(0.0, 0.0)
+    token_ids=(0, 0),
+    loss_mask=(False, False),
+    behavior_logprobs=(0.0, 0.0),
+    advantages=(0.0, 0.0),
+    weights=(0.0, 0.0),
 )
 
 

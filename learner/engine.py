@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.advantages import whiten
-from learner.batches import TensorBatch, TokenTable, tensor_batch
+from learner.batches import TensorBatch, TokenTable, loss_totals, tensor_batch
 from learner.distributed import choose_device, meet, sum_over_ranks
-from learner.losses import AGGREGATIONS, GlobalCounts, clipped_surrogate, kl_estimate, masked_sum
+from learner.losses import AGGREGATIONS, LossTotals, clipped_surrogate, kl_estimate, weighted_sum
 from learner.model import gathered, load_model, token_logprobs_and_entropy, vocabulary_size
 from learner.packing import pack, split_minibatches
 from learner.policy import initialize_policy, initialize_reference, reduce_gradients
-from learner.step_statistics import MicrobatchOutcome, StepStatistics, advantage_metrics
+from learner.samples import whiten
+from learner.step_statistics import MicrobatchOutcome, StepStatistics, batch_metrics
 from ray_rl.config.run import RunConfig
 from ray_rl.errors import RunError
 from ray_rl.types import Microbatch, TrainingSample
@@ -35,10 +35,10 @@ class _Minibatch:
     indices: list[int]
     """Of the batch's samples."""
     samples: list[TrainingSample]
-    """[len(indices)], advantages as they enter the loss."""
+    """[len(indices)] with loss tokens, advantages as they enter the loss."""
     microbatches: list[Microbatch]
     """This rank's."""
-    counts: GlobalCounts
+    totals: LossTotals
 
     def batch_indices(self, microbatch: Microbatch) -> list[int]:
         """Rows of the microbatch as indices of the batch's samples; fillers stay fillers."""
@@ -82,7 +82,8 @@ class LearnerEngine:
         """One training step: every epoch and minibatch of the batch.
 
         Args:
-            samples: the whole batch, the same on every rank.
+            samples: the whole batch, the same on every rank; continuations change nothing about the number of
+                optimizer steps.
             step: of the run; with the run's seed it decides the order of the minibatches.
 
         Returns:
@@ -93,8 +94,8 @@ class LearnerEngine:
         """
         if not samples:
             raise ValueError("the learner got an empty batch")
-        order = self._minibatch_order(len(samples), step)
-        metrics = advantage_metrics(samples)
+        order = self._minibatch_order(samples, step)
+        metrics = batch_metrics(samples)
         if self.config.advantage.whiten == "batch":
             samples = whiten(samples)
         # With a single optimizer step the policy of the loss still is the policy at the start of the step.
@@ -128,13 +129,16 @@ class LearnerEngine:
                 tensor = parameter.detach().to(dtype, copy=self._sharded)
             yield name, tensor
 
-    def _minibatch_order(self, count: int, step: int) -> list[list[int]]:
+    def _minibatch_order(self, samples: Sequence[TrainingSample], step: int) -> list[list[int]]:
         learner = self.config.learner
-        size = learner.minibatch_size or count
+        kinds = [sample.is_continuation for sample in samples]
+        size = learner.minibatch_size or len(samples)
         seeds = (hash((self.config.seed, step, epoch)) for epoch in range(learner.epochs))
-        return [indices for seed in seeds for indices in split_minibatches(count, size, seed)]
+        return [indices for seed in seeds for indices in split_minibatches(kinds, size, seed)]
 
     def _minibatch(self, samples: Sequence[TrainingSample], indices: list[int]) -> _Minibatch:
+        # What a failed grading or the confident-token mask left without loss tokens would only cost forward passes.
+        indices = [index for index in indices if samples[index].loss_tokens]
         chosen = [samples[index] for index in indices]
         if self.config.advantage.whiten == "minibatch":
             chosen = whiten(chosen)
@@ -143,12 +147,8 @@ class LearnerEngine:
             ranks=self.world_size,
             microbatch_size=self.config.learner.microbatch_size,
         )
-        counts = GlobalCounts(
-            tokens=sum(sample.loss_tokens for sample in chosen),
-            sequences=sum(sample.loss_tokens > 0 for sample in chosen),
-            max_tokens=self.config.rollout.max_tokens,
-        )
-        return _Minibatch(indices=indices, samples=chosen, microbatches=shares[self.rank], counts=counts)
+        totals = loss_totals(chosen, max_tokens=self.config.rollout.max_tokens)
+        return _Minibatch(indices=indices, samples=chosen, microbatches=shares[self.rank], totals=totals)
 
     def _table(self, model: Callable[..., object], samples: Sequence[TrainingSample]) -> TokenTable:
         """Log-probabilities of all samples under a model, at the sampling temperature."""
@@ -172,7 +172,7 @@ class LearnerEngine:
 
     def _skips(self, minibatch: _Minibatch, old: TokenTable | None, statistics: StepStatistics) -> bool:
         """Whether a minibatch has nothing to train on, or its mean ratio is out of bounds (VinePPO's code)."""
-        if minibatch.counts.tokens == 0:
+        if not minibatch.samples:
             return True
         limit = self.config.learner.loss.max_mean_ratio
         if limit is None or old is None or statistics.optimizer_steps == 0:
@@ -186,8 +186,8 @@ class LearnerEngine:
             batch = tensor_batch(minibatch.samples, microbatch, self.device)
             logprobs, _ = self._forward(self.deepspeed, batch)
             ratio = torch.exp(logprobs - old.rows(minibatch.batch_indices(microbatch)))
-            total += masked_sum(ratio, batch.loss_mask)
-        return sum_over_ranks(total).item() / minibatch.counts.tokens
+            total += weighted_sum(ratio, batch.loss_mask, batch.weights)
+        return sum_over_ranks(total).item() / minibatch.totals.tokens
 
     def _optimize(
         self, minibatch: _Minibatch, old: TokenTable | None, reference: TokenTable | None, statistics: StepStatistics
@@ -197,7 +197,7 @@ class LearnerEngine:
             rows = minibatch.batch_indices(microbatch)
             outcome, loss = self._loss(
                 batch,
-                minibatch.counts,
+                minibatch.totals,
                 old=None if old is None else old.rows(rows),
                 reference=None if reference is None else reference.rows(rows),
             )
@@ -224,7 +224,7 @@ class LearnerEngine:
         return norm
 
     def _loss(
-        self, batch: TensorBatch, counts: GlobalCounts, *, old: Tensor | None, reference: Tensor | None
+        self, batch: TensorBatch, totals: LossTotals, *, old: Tensor | None, reference: Tensor | None
     ) -> tuple[MicrobatchOutcome, Tensor]:
         settings, kl = self.config.learner.loss, self.config.learner.kl
         logprobs, entropy = self._forward(self.deepspeed, batch)
@@ -234,12 +234,12 @@ class LearnerEngine:
         per_token, clipped = clipped_surrogate(
             logprobs, old, batch.advantages, clip_low=settings.clip_low, clip_high=settings.clip_high
         )
-        policy_loss = AGGREGATIONS[settings.aggregation](per_token, batch.loss_mask, counts)
+        policy_loss = AGGREGATIONS[settings.aggregation](per_token, batch.loss_mask, batch.weights, totals)
         estimate, kl_loss = None, torch.zeros((), device=self.device)
         if reference is not None:
             reference = torch.where(batch.loss_mask, reference, 0.0)
             estimate = kl_estimate(logprobs, reference, estimator=kl.estimator, clamp=kl.clamp)
-            kl_loss = kl.coefficient * AGGREGATIONS[kl.aggregation](estimate, batch.loss_mask, counts)
+            kl_loss = kl.coefficient * AGGREGATIONS[kl.aggregation](estimate, batch.loss_mask, batch.weights, totals)
         outcome = MicrobatchOutcome(
             policy_loss=policy_loss.detach(),
             kl_loss=kl_loss.detach(),

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 import ray
 import torch
 
-from learner.advantages import training_samples
 from learner.checkpoint import export_model, load_checkpoint, save_checkpoint
 from learner.distributed import host_store, join_store
 from learner.engine import LearnerEngine
+from learner.samples import training_samples
 from learner.weight_publisher import ObjectStorePublisher
 from ray_rl import deadlines
 from ray_rl.config.run import RunConfig
@@ -70,7 +70,7 @@ class LearnerActor:
         what = f"the {len(refs)} groups of step {step}"
         fetched = deadlines.get(list(refs), self._config.learner.step_timeout, what=what)
         groups = cast(list[TrajectoryGroup], fetched)
-        samples = [sample for group in groups for sample in training_samples(group, self._config.advantage)]
+        samples = [sample for group in groups for sample in training_samples(group, self._config)]
         return self._engine.train(samples, step)
 
     def connect(self, rollout_actors: Sequence[Any], port: int) -> None:

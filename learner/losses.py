@@ -1,7 +1,9 @@
 """The loss of one microbatch, as its share of one global number: tensors in, tensors out.
 
-Every aggregate divides by counts over the whole minibatch, all microbatches and ranks together, so that adding up the
-shares gives the loss of one big batch. All tensors are [B, L] (sequences, target tokens) unless said otherwise.
+Every aggregate divides by a total over the whole minibatch, all microbatches and ranks together, so that adding up the
+shares gives the loss of one big batch. Each token enters with its weight w (`TrainingSample.weights`), and the totals
+count weights: where all are 1 the aggregates are the published ones. All tensors are [B, L] (sequences, target tokens)
+unless said otherwise.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GlobalCounts:
+class LossTotals:
     """What the losses of a minibatch divide by, over all its microbatches and ranks."""
 
-    tokens: int
-    """Loss tokens."""
-    sequences: int
-    """Sequences with at least one loss token."""
+    tokens: float
+    """Sum of w over all loss tokens."""
+    sequences: float
+    """Sum over the sequences of the mean w of their loss tokens."""
     max_tokens: int
     """Longest completion the run allows; the constant of Dr. GRPO's denominator."""
 
@@ -72,28 +74,39 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum()
 
 
-def token_mean(values: Tensor, mask: Tensor, counts: GlobalCounts) -> Tensor:
+def weighted_sum(values: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+    """As `masked_sum`, of w times the values."""
+    return (torch.where(mask, values, 0.0) * weights).sum()
+
+
+def token_mean(values: Tensor, mask: Tensor, weights: Tensor, totals: LossTotals) -> Tensor:
     """Mean over all loss tokens of the minibatch (DAPO, arXiv 2503.14476)."""
-    return masked_sum(values, mask) / max(counts.tokens, 1)
+    return weighted_sum(values, mask, weights) / _divisor(totals.tokens)
 
 
-def sequence_mean(values: Tensor, mask: Tensor, counts: GlobalCounts) -> Tensor:
-    """Mean over each sequence's loss tokens, then over sequences (GRPO, arXiv 2402.03300)."""
-    per_sequence = torch.where(mask, values, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-    return per_sequence.sum() / max(counts.sequences, 1)
+def sequence_mean(values: Tensor, mask: Tensor, weights: Tensor, totals: LossTotals) -> Tensor:
+    """Sum of w l over each sequence's loss tokens, divided by their number; then mean (GRPO, arXiv 2402.03300)."""
+    weighted = torch.where(mask, values, 0.0) * weights
+    per_sequence = weighted.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    return per_sequence.sum() / _divisor(totals.sequences)
 
 
-def sequence_sum(values: Tensor, mask: Tensor, counts: GlobalCounts) -> Tensor:
+def sequence_sum(values: Tensor, mask: Tensor, weights: Tensor, totals: LossTotals) -> Tensor:
     """Sum over each sequence's loss tokens, then mean over sequences (the KL term of VinePPO's code)."""
-    return masked_sum(values, mask) / max(counts.sequences, 1)
+    return weighted_sum(values, mask, weights) / _divisor(totals.sequences)
 
 
-def constant(values: Tensor, mask: Tensor, counts: GlobalCounts) -> Tensor:
+def constant(values: Tensor, mask: Tensor, weights: Tensor, totals: LossTotals) -> Tensor:
     """Sum over loss tokens, divided by sequences times max_tokens, whatever the lengths (Dr. GRPO, 2503.20783)."""
-    return masked_sum(values, mask) / max(counts.sequences * counts.max_tokens, 1)
+    return weighted_sum(values, mask, weights) / _divisor(totals.sequences * totals.max_tokens)
 
 
-AGGREGATIONS: Mapping[str, Callable[[Tensor, Tensor, GlobalCounts], Tensor]] = {
+def _divisor(total: float) -> float:
+    """A minibatch without loss tokens has a loss of 0."""
+    return total or 1.0
+
+
+AGGREGATIONS: Mapping[str, Callable[[Tensor, Tensor, Tensor, LossTotals], Tensor]] = {
     "token_mean": token_mean,
     "sequence_mean": sequence_mean,
     "sequence_sum": sequence_sum,

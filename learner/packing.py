@@ -11,20 +11,29 @@ FILLER = -1
 """Index of an empty row."""
 
 
-def split_minibatches(count: int, minibatch_size: int, seed: int) -> list[list[int]]:
-    """A seeded permutation of range(count), cut into ceil(count / minibatch_size) parts of nearly equal size.
+def split_minibatches(is_continuation: Sequence[bool], minibatch_size: int, seed: int) -> list[list[int]]:
+    """Seeded permutations of the completions and of the continuations, each cut into parts of nearly equal size.
 
-    When minibatch_size does not divide count (groups were dropped), the parts differ by at most one sequence, so that
-    no optimizer step rests on a small remainder.
+    There are ceil(completions / minibatch_size) parts, so that continuations change neither the number of optimizer
+    steps nor the completions of any. When minibatch_size does not divide the completions (groups were dropped), the
+    parts differ by at most one of them: no optimizer step rests on a small remainder.
 
     Args:
-        count: sequences of the batch.
-        minibatch_size: most sequences of one optimizer step, over all ranks.
-        seed: of the permutation; the same on all ranks.
+        is_continuation: for each sample of the batch.
+        minibatch_size: most completions of one optimizer step, over all ranks.
+        seed: of the permutations; the same on all ranks.
+
+    Returns:
+        Indices of the batch's samples, each in exactly one part.
     """
-    order = list(range(count))
-    random.Random(seed).shuffle(order)
-    return _cut_evenly(order, -(-count // minibatch_size))
+    completions = [index for index, continued in enumerate(is_continuation) if not continued]
+    continuations = [index for index, continued in enumerate(is_continuation) if continued]
+    shuffle = random.Random(seed).shuffle
+    shuffle(completions)
+    shuffle(continuations)
+    parts = max(1, -(-len(completions) // minibatch_size))
+    halves = zip(_cut_evenly(completions, parts), _cut_evenly(continuations, parts), strict=True)
+    return [first + second for first, second in halves]
 
 
 def pack(lengths: Sequence[int], *, ranks: int, microbatch_size: int) -> list[list[Microbatch]]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.advantages import loss_token_advantages
 from learner.distributed import max_over_ranks, sum_over_ranks
 from learner.losses import masked_sum
+from learner.samples import loss_token_advantages
 from ray_rl.types import TrainingSample
 
 
@@ -103,12 +103,16 @@ class StepStatistics:
         return metrics | ({"policy/kl": sums["kl"] / tokens} if with_kl else {})
 
 
-def advantage_metrics(samples: Sequence[TrainingSample]) -> dict[str, float]:
-    """Over the loss tokens of the batch, before whitening; all ranks hold the whole batch."""
+def batch_metrics(samples: Sequence[TrainingSample]) -> dict[str, float]:
+    """What trains, before whitening; advantages per loss token of any weight. All ranks hold the whole batch."""
     advantages = torch.tensor(loss_token_advantages(samples) or [0.0], dtype=torch.float64)
+    tokens = sum(sample.loss_tokens for sample in samples)
+    confident = sum(sample.confident_tokens for sample in samples)
     return {
         "advantage/mean": advantages.mean().item(),
         "advantage/std": advantages.std(correction=0).item(),
         "advantage/fraction_nonzero": (advantages != 0).double().mean().item(),
-        "learner/tokens": float(sum(sample.loss_tokens for sample in samples)),
+        "learner/tokens": float(tokens),
+        "learner/continuations": float(sum(sample.is_continuation for sample in samples)),
+        "loss/masked_fraction": confident / max(confident + tokens, 1),
     }

@@ -1,12 +1,28 @@
-"""Where the collect loop and the train loop meet: bounded, and strict about age."""
+"""Where the collect loop and the train loop meet: bounded, strict about age, and choosy about what teaches nothing."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from ray_rl.config.orchestration import DecidedGroups
 from ray_rl.protocols import CollectedGroup
+from ray_rl.types import GroupSummary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What one training step gets, and what was sampled but dropped since the batch before it."""
+
+    groups: Sequence[CollectedGroup]
+    """To train on. Fewer than a batch, perhaps none, only where decided groups are dropped without refill."""
+    filtered: Sequence[GroupSummary]
+    """Dropped because all their rewards are equal."""
+    stale: Sequence[GroupSummary]
+    """Dropped because they were too old."""
 
 
 class StalenessBuffer:
@@ -14,27 +30,47 @@ class StalenessBuffer:
 
     | loop    | does                                | waits for                         | is let on by           |
     |---------|-------------------------------------|-----------------------------------|------------------------|
-    | collect | `admit`, sample, `put`              | admitted < (staleness+1) * batch  | `release`, a drop      |
+    | collect | `admit`, sample, `put`              | admitted < (staleness+1) * batch  | `release`, a refill    |
     | train   | `take`, train, publish, `release`   | a batch of fresh enough groups    | `put`                  |
 
     A group counts as admitted from before it is sampled until the version trained on it is published. With
     max_staleness 0 therefore nothing is sampled while a step trains: strictly on-policy.
+
+    Stale groups, and decided ones under `refill`, give their room back at once, and another prompt is sampled in their
+    place. Decided groups under `drop` have taken a place in their batch: nothing replaces them. No dropped prompt is
+    sampled again.
     """
 
-    def __init__(self, batch: int, max_staleness: int, total: int | None = None) -> None:
+    def __init__(
+        self,
+        batch: int,
+        max_staleness: int,
+        total: int | None = None,
+        *,
+        decided: DecidedGroups = "keep",
+        refill_limit: float = 1.0,
+    ) -> None:
         """Make room for `max_staleness + 1` batches of `batch` groups.
 
         Args:
             batch: groups per training step.
             max_staleness: versions that a group may be behind.
-            total: groups that the run will still train on; no more are admitted, but for those that were dropped.
+            total: groups that the run will still take; no more are admitted, but for those that are refilled.
+            decided: what becomes of groups whose rewards are all equal.
+            refill_limit: with `refill`, most groups sampled for one batch, in batches (stale ones not counted).
         """
         self._batch = batch
         self._max_staleness = max_staleness
         self._limit = batch * (max_staleness + 1)
+        self._decided = decided
+        self._refills_per_batch = int(refill_limit * batch) - batch if decided == "refill" else 0
+        self._refills: Counter[int] = Counter()
+        self._taken = 0
         self._admitted = 0
         self._wanted = math.inf if total is None else total
         self._groups: list[CollectedGroup] = []
+        self._filtered: list[GroupSummary] = []
+        self._stale: list[GroupSummary] = []
         self._changed = asyncio.Condition()
         self.dropped: Counter[str] = Counter()
         self.dropped_positions: set[int] = set()
@@ -54,32 +90,57 @@ class StalenessBuffer:
     async def put(self, group: CollectedGroup) -> None:
         """Hand in an admitted group."""
         async with self._changed:
-            self._groups.append(group)
+            # The batch that it would go into; several may be on their way at once.
+            number = self._taken + len(self._groups) // self._batch
+            if group.summary.decided and self._refills[number] < self._refills_per_batch:
+                self._refills[number] += 1
+                self._filtered += self._counted("decided", [group])
+                self._refill(1)
+            else:
+                self._groups.append(group)
             self._changed.notify_all()
 
-    async def take(self, version: int) -> list[CollectedGroup]:
+    async def take(self, version: int) -> Batch:
         """Wait for a batch whose groups are at most max_staleness versions older than `version`; drop older ones."""
         async with self._changed:
             while True:
                 self._drop_stale(version)
                 if len(self._groups) >= self._batch:
-                    taken, self._groups = self._groups[: self._batch], self._groups[self._batch :]
-                    return taken
+                    return self._next_batch()
                 await self._changed.wait()
 
-    async def release(self, count: int) -> None:
-        """Give back the room of `count` groups, once the version trained on them is published."""
+    async def release(self) -> None:
+        """Give back the room of the batch taken last, once the version trained on it is published."""
         async with self._changed:
-            self._admitted -= count
+            self._admitted -= self._batch
             self._changed.notify_all()
 
+    def _next_batch(self) -> Batch:
+        groups, self._groups = self._groups[: self._batch], self._groups[self._batch :]
+        if self._decided == "drop":
+            self._filtered += self._counted("decided", [group for group in groups if group.summary.decided])
+            groups = [group for group in groups if not group.summary.decided]
+        batch = Batch(groups=groups, filtered=self._filtered, stale=self._stale)
+        self._filtered, self._stale = [], []
+        self._refills.pop(self._taken, None)
+        self._taken += 1
+        return batch
+
     def _drop_stale(self, version: int) -> None:
-        fresh = [g for g in self._groups if version - g.summary.oldest_version <= self._max_staleness]
-        self.dropped_positions |= {g.prompt.position for g in self._groups} - {g.prompt.position for g in fresh}
-        stale = len(self._groups) - len(fresh)
+        stale = [g for g in self._groups if version - g.summary.oldest_version > self._max_staleness]
         if stale:
-            self.dropped["stale"] += stale
-            self._admitted -= stale
-            self._wanted += stale
-            self._groups = fresh
+            self._groups = [g for g in self._groups if version - g.summary.oldest_version <= self._max_staleness]
+            self._stale += self._counted("stale", stale)
+            self._refill(len(stale))
             self._changed.notify_all()
+
+    def _counted(self, reason: str, groups: Sequence[CollectedGroup]) -> list[GroupSummary]:
+        if groups:
+            self.dropped[reason] += len(groups)
+        self.dropped_positions |= {group.prompt.position for group in groups}
+        return [group.summary for group in groups]
+
+    def _refill(self, count: int) -> None:
+        """Let `count` other groups be sampled."""
+        self._admitted -= count
+        self._wanted += count

@@ -11,19 +11,30 @@ from itertools import chain
 from ray_rl.types import GroupSummary, Prompt, ScoredSample
 
 
-def step_metrics(summaries: Sequence[GroupSummary], version: int) -> dict[str, float]:
-    """A batch of groups (at least one) in numbers; metrics of what did not happen (no values) are left out.
+def step_metrics(
+    trained: Sequence[GroupSummary],
+    version: int,
+    *,
+    filtered: Sequence[GroupSummary] = (),
+    stale: Sequence[GroupSummary] = (),
+) -> dict[str, float]:
+    """What was sampled for a step (at least one group) in numbers; metrics of what did not happen are left out.
 
-    Means are over completions where a completion has the quantity, over tokens for shares of tokens. `reward/std` is
-    the population form over all completions. `reward/accuracy` is the share of rewards of at least 1.
+    Everything is over all sampled groups, dropped ones included: rewards and lengths then describe the policy, whatever
+    is filtered, and tokens tell what the step cost. Only `staleness/*`, `groups/count` and `groups/decided_trained` (with
+    refill: what was accepted past the limit) are over the groups that are trained on. Means are over completions where a
+    completion has the quantity, over tokens for shares of tokens. `reward/std` is the population form over all
+    completions. `reward/accuracy` is the share of rewards of at least 1.
 
     Args:
-        summaries: of the groups that are trained on.
+        trained: the groups that are trained on.
         version: the policy version that is being trained, against which staleness counts.
+        filtered: those dropped because they are decided.
+        stale: those dropped because they are too old.
     """
+    summaries = [*trained, *filtered, *stale]
     rewards = list(chain.from_iterable(summary.rewards for summary in summaries))
     lengths = list(chain.from_iterable(summary.lengths for summary in summaries))
-    ages = [version - summary.oldest_version for summary in summaries]
     return {
         "reward/mean": statistics.fmean(rewards),
         "reward/std": statistics.pstdev(rewards),
@@ -34,12 +45,17 @@ def step_metrics(summaries: Sequence[GroupSummary], version: int) -> dict[str, f
         "rollout/truncated_rate": sum(s.truncated for s in summaries) / len(rewards),
         "rollout/group_seconds_mean": statistics.fmean(s.cost.seconds for s in summaries),
         "segments/per_trajectory": sum(s.segments for s in summaries) / len(rewards),
-        "groups/count": float(len(summaries)),
+        "groups/count": float(len(trained)),
+        "groups/filtered": float(len(filtered)),
         "groups/decided_fraction": sum(s.decided for s in summaries) / len(summaries),
-        "staleness/mean": statistics.fmean(ages),
-        "staleness/max": float(max(ages)),
+        "groups/decided_trained": float(sum(s.decided for s in trained)),
+        **_staleness_metrics([version - s.oldest_version for s in trained]),
         **_cost_metrics(summaries),
     }
+
+
+def _staleness_metrics(ages: Sequence[int]) -> dict[str, float]:
+    return {"staleness/mean": statistics.fmean(ages), "staleness/max": float(max(ages))} if ages else {}
 
 
 def _cost_metrics(summaries: Sequence[GroupSummary]) -> dict[str, float]:
@@ -51,6 +67,9 @@ def _cost_metrics(summaries: Sequence[GroupSummary]) -> dict[str, float]:
         prefix = sum(s.cost.prefix_tokens for s in summaries)
         metrics |= {
             "values/states": float(states),
+            "values/closed_share": sum(s.cost.closed_states for s in summaries) / states,
+            "values/rounds": sum(s.cost.rounds for s in summaries) / len(summaries),
+            "groups/skipped": float(sum(not s.cost.continuations for s in summaries)),
             "continuations/per_state": sum(s.cost.continuations for s in summaries) / states,
             "continuations/tokens_share": _ratio(continued, primary + continued),
             "continuations/cache_hit_rate": _ratio(sum(s.cost.cached_prefix_tokens for s in summaries), prefix),

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
-from ray_rl.buffer import StalenessBuffer
+from ray_rl.buffer import Batch, StalenessBuffer
 from ray_rl.config import RunConfig
 from ray_rl.errors import RunError, first_error
 from ray_rl.evaluation import evaluate
@@ -100,7 +100,13 @@ class Orchestrator:
         step = start.step
         training = self._config.training
         left = (training.steps - step) * training.prompts_per_step
-        self._buffer = StalenessBuffer(training.prompts_per_step, training.max_staleness, total=left)
+        self._buffer = StalenessBuffer(
+            training.prompts_per_step,
+            training.max_staleness,
+            total=left,
+            decided=training.decided_groups,
+            refill_limit=training.refill_limit,
+        )
         self._report.steps = step
         await self._publish(step)
         if self._config.evaluation.at_start and step == 0:
@@ -135,31 +141,40 @@ class Orchestrator:
     async def _train_step(self, step: int, collector: asyncio.Task[None]) -> bool:
         """One step; False when a stop was requested before it began."""
         started = time.monotonic()
-        groups = await self._take(step - 1, collector)
-        if groups is None:
+        batch = await self._take(step - 1, collector)
+        if batch is None:
             return False
         taken = time.monotonic()
-        metrics = step_metrics([group.summary for group in groups], step - 1)
+        summaries = [group.summary for group in batch.groups]
+        metrics = step_metrics(summaries, step - 1, filtered=batch.filtered, stale=batch.stale)
         self._check_failures(metrics)
-        stats = await self._learner.train(step, groups)
+        learned = await self._learn(step, batch.groups)
         trained = time.monotonic()
         metrics |= {
-            **stats.metrics,
+            **learned,
             **await self._publish(step),
             "timing/rollout": taken - started,
             "timing/train": trained - taken,
             "buffer/depth": float(self._buffer.depth),
             "groups/dropped": float(sum(self._buffer.dropped.values())),
+            **{f"groups/dropped_{reason}": float(count) for reason, count in self._buffer.dropped.items()},
         }
         self._account(metrics, time.monotonic() - started)
-        await self._record(step, groups)
+        await self._record(step, batch.groups)
         self._show(step, metrics)
         if self._due(self._config.evaluation.every, step):
             metrics |= await self._evaluate(step, log=False)
         self._sink.log(step, metrics)
-        self._untrained.difference_update(group.prompt.position for group in groups)
-        await self._buffer.release(len(groups))
+        self._untrained.difference_update(group.prompt.position for group in batch.groups)
+        await self._buffer.release()
         return True
+
+    async def _learn(self, step: int, groups: Sequence[CollectedGroup]) -> Mapping[str, float]:
+        if not groups:
+            # The step counts and its version is published all the same: a version is the number of steps done.
+            self._progress.warn(f"every group of step {step} was decided and dropped: the policy stays as it is")
+            return {}
+        return (await self._learner.train(step, groups)).metrics
 
     def _account(self, metrics: dict[str, float], seconds: float) -> None:
         """Add what follows from a step's metrics and duration to the metrics and to the report."""
@@ -169,13 +184,14 @@ class Orchestrator:
         self._report.spend("train", metrics["timing/train"])
         self._report.primary_tokens += int(metrics["tokens/primary"])
         self._report.continuation_tokens += int(metrics["tokens/continuations"])
+        self._report.dropped_groups = dict(self._buffer.dropped)
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:
         self._progress.step(step, metrics)
         for warning in warnings_of(metrics):
             self._progress.warn(warning)
 
-    async def _take(self, version: int, collector: asyncio.Task[None]) -> list[CollectedGroup] | None:
+    async def _take(self, version: int, collector: asyncio.Task[None]) -> Batch | None:
         """The next batch; None when a stop was requested; the collect loop's error when it failed."""
         take = asyncio.create_task(self._buffer.take(version))
         stop = asyncio.create_task(self._stop.wait())

@@ -105,7 +105,7 @@ class GroupRecorder:
             "trajectory": continuation.trajectory,
             "boundary": continuation.boundary,
             "text": self._decoder.decode_with_offsets(continuation.completion.token_ids)[0],
-            "tokens": len(continuation.completion.token_ids),
+            "token_ids": list(continuation.completion.token_ids),
             "finish_reason": continuation.completion.finish_reason,
             "reward": continuation.reward.value,
             "failure": continuation.reward.failure,
@@ -124,6 +124,7 @@ def _value(value: StateValue) -> dict[str, Any]:
         "mean": value.mean if math.isfinite(value.mean) else None,
         "stderr": value.stderr if math.isfinite(value.stderr) else None,
         "count": value.count,
+        "closed": value.closed,
     }
 
 

@@ -20,6 +20,8 @@ class RunReport:
     primary_tokens: int = 0
     """Tokens of completions generated for training, in this sitting."""
     continuation_tokens: int = 0
+    dropped_groups: dict[str, int] = field(default_factory=dict)
+    """Reason (stale, decided) -> groups sampled but not trained on, in this sitting. Their tokens are counted above."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Phase -> seconds, in this sitting."""
     peak_bytes: int = 0

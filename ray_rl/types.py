@@ -9,6 +9,7 @@ Shapes: T = tokens of a completion, L = tokens of prompt and completion together
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -113,6 +114,8 @@ class Continuation:
     """Tokens of that trajectory's completion that precede the continuation."""
     completion: Completion
     reward: Reward
+    baseline: float = math.nan
+    """Value of the state it starts from, estimated without it; nan where nothing else speaks for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +129,9 @@ class StateValue:
     """Standard error of the mean (sample form); infinite with fewer than two samples."""
     count: int
     """Rewards averaged; failed graders don't count."""
+    closed: bool = False
+    """Whether it was not averaged but taken from the completion's own reward, since an earlier state (or this one) showed
+    that the outcome was certain by then; `count` then tells how many rewards showed it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +155,11 @@ class GroupCost:
     continuations: int
     continuation_tokens: int
     states: int
-    """Distinct states that were valued."""
+    """Distinct states between the group's segments."""
+    closed_states: int
+    """Of those, such as no completion needed a sampled value of: the outcome was certain by then."""
+    rounds: int
+    """Times that continuations were asked for, each after the results of the one before."""
     prefix_tokens: int
     """Tokens of the prefixes that the continuations started from, each continuation's counted."""
     cached_prefix_tokens: int
@@ -189,7 +199,7 @@ class GroupSummary:
     value_mean: float
     """Mean state value; nan without values."""
     value_stderr: float
-    """Mean finite standard error of the state values; nan without any."""
+    """Mean finite standard error of the state values that were sampled; nan without any."""
     cost: GroupCost
 
     @property
@@ -220,6 +230,12 @@ class TrainingSample:
     """Zero where loss_mask is False."""
     advantages: tuple[float, ...]
     """Zero where loss_mask is False."""
+    weights: tuple[float, ...]
+    """Share with which each token enters the loss; zero where loss_mask is False."""
+    confident_tokens: int = 0
+    """Sampled tokens that left loss_mask because the policy had hardly a choice (`learner.loss.confident_above`)."""
+    is_continuation: bool = False
+    """Whether only a continuation's own tokens may train; the batch is measured in the other samples, completions."""
 
     @property
     def loss_tokens(self) -> int:

@@ -21,6 +21,8 @@ NO_COST = GroupCost(
     continuations=0,
     continuation_tokens=0,
     states=0,
+    closed_states=0,
+    rounds=0,
     prefix_tokens=0,
     cached_prefix_tokens=0,
     seconds=0.0,
@@ -51,6 +53,8 @@ def summary(position: int = 0, *, version: int = 0, rewards: Sequence[float] = (
         continuations=12,
         continuation_tokens=60,
         states=4,
+        closed_states=0,
+        rounds=0,
         prefix_tokens=40,
         cached_prefix_tokens=10,
         seconds=0.1,
@@ -110,6 +114,8 @@ class FakeLearner:
         self.trained: list[list[int]] = []
 
     async def train(self, step: int, groups: Sequence[CollectedGroup]) -> StepStats:
+        if not groups:
+            raise ValueError("the learner got an empty batch")
         self.trained.append([group.prompt.position for group in groups])
         return StepStats(metrics={"loss/policy": 0.0, "policy/grad_norm": 1.0})
 

@@ -27,7 +27,7 @@ PROTOCOLS = "ray_rl.protocols"
 """The interface between the orchestrator and the rooms, and the records that cross it: both sides may know it."""
 COMMANDS = ("ray_rl.cli", "ray_rl.__main__")
 LAUNCH = "ray_rl.launch"
-PURE = ("actors.segmentation", "actors.values", "learner.advantages", "learner.packing")
+PURE = ("actors.segmentation", "actors.values", "learner.advantages", "learner.packing", "learner.samples")
 HEAVY = {"torch", "vllm", "deepspeed", "transformers", "ray"}
 
 

@@ -17,6 +17,9 @@ class LossConfig(Section):
     aggregation: Literal["sequence_mean", "token_mean", "constant"] = "token_mean"
     """`sequence_mean`: mean over each sequence's tokens, then over sequences (GRPO). `token_mean`: over all tokens of the
     minibatch (DAPO). `constant`: sum over tokens, divided by sequences times rollout.max_tokens (Dr. GRPO)."""
+    confident_above: float | None = Field(None, gt=0, le=1)
+    """Tokens that the policy sampled with at least this probability do not train, and no mean counts them (SPO, arXiv
+    2505.23564: 0.9). Unset: all train."""
     max_mean_ratio: float | None = Field(None, gt=1)
     """Skip a minibatch whose mean probability ratio exceeds this (VinePPO's code: 10). Costs one more forward pass."""
 
@@ -59,7 +62,8 @@ class LearnerConfig(Section):
     zero_stage: int = Field(0, ge=0, le=3)
     """DeepSpeed ZeRO: 1 shards optimizer state, 2 gradients too, 3 parameters too. In 16-bit formats 0 runs as 1."""
     minibatch_size: int | None = Field(None, ge=1)
-    """Sequences per optimizer step, over all ranks. Unset: the whole batch, one optimizer step."""
+    """Completions per optimizer step, over all ranks; continuations that train are spread over the same steps. Unset:
+    the whole batch, one optimizer step."""
     epochs: int = Field(1, ge=1)
     """Passes over each batch."""
     microbatch_size: int = Field(8, ge=1)

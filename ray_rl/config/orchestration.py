@@ -1,19 +1,31 @@
 """The loops around rollouts and learner: batches, staleness, evaluation, checkpoints, records, Ray."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from ray_rl.config.section import Section
+
+DecidedGroups = Literal["keep", "drop", "refill"]
+"""What becomes of groups whose rewards are all equal."""
 
 
 class TrainingConfig(Section):
     """How much is trained."""
 
     steps: int = Field(100, ge=1)
-    """Training steps; each consumes prompts_per_step groups and publishes one policy version."""
+    """Training steps; each takes prompts_per_step groups and publishes one policy version."""
     prompts_per_step: int = Field(32, ge=1)
     """Groups per training step."""
     max_staleness: int = Field(0, ge=0)
     """Largest number of policy versions between sampling and training. 0: strictly on-policy."""
+    decided_groups: DecidedGroups = "keep"
+    """Groups whose rewards are all equal: group-relative advantages vanish there (VinePPO's need not). `keep`: train on
+    them. `drop`: each step trains on what is left of its groups; a step without any leaves the policy as it is. `refill`:
+    other prompts are sampled in their place (DAPO's dynamic sampling, arXiv 2503.14476)."""
+    refill_limit: float = Field(4.0, ge=1, allow_inf_nan=False)
+    """With `refill`: largest number of groups sampled for one step, in multiples of prompts_per_step. Past it, decided
+    groups are trained on, so that a policy that solves everything (or nothing) does not sample for ever."""
     shuffle: bool = True
     """Visit the training problems in a seeded random order, another one each epoch."""
 

@@ -22,7 +22,7 @@ from ray_rl.config.rollout import RolloutConfig
 from ray_rl.config.section import Section
 from ray_rl.config.segmentation import LinesSegmentation, SegmentationConfig
 from ray_rl.config.task import ArithmeticTaskConfig, DatasetTaskConfig, TaskConfig
-from ray_rl.config.values import FixedValues, NoValues, ValuesConfig
+from ray_rl.config.values import AdaptiveValues, FixedValues, NoValues, ValuesConfig
 from ray_rl.config.weights import NcclWeights, ObjectStoreWeights, WeightsConfig
 from ray_rl.embedded import policy_path
 
@@ -64,6 +64,11 @@ class RunConfig(Section):
     def optimizer_steps(self) -> int:
         """Optimizer steps of the whole run, for the schedule."""
         return self.training.steps * self.learner.epochs * (self.samples_per_step // self.minibatch_size)
+
+    @property
+    def trains_on_continuations(self) -> bool:
+        """Whether continuations enter the batch."""
+        return not isinstance(self.values, NoValues) and self.values.train_on_continuations
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
@@ -109,6 +114,37 @@ class RunConfig(Section):
             yield (
                 f"values.kind: {self.values.kind} would spend continuations that advantage.kind={self.advantage.kind} "
                 "never uses; use values.kind=none"
+            )
+
+        if not isinstance(self.values, NoValues):
+            yield from self._pool_faults(self.values)
+        if isinstance(self.values, AdaptiveValues):
+            yield from self._adaptive_faults(self.values)
+
+    def _pool_faults(self, values: FixedValues | AdaptiveValues) -> Iterator[str]:
+        if values.pool and self.rollout.top_p < 1:
+            yield (
+                f"values.pool: counts samples by the policy's own probabilities, and rollout.top_p = {self.rollout.top_p:g} "
+                "samples from others; use rollout.top_p=1 or values.pool=false"
+            )
+        if values.train_on_continuations and values.num_continuations < 2 and not values.pool:
+            yield (
+                "values.train_on_continuations: with one continuation per state there is no other to compare it with; "
+                "use values.num_continuations=2 or more, or values.pool=true"
+            )
+
+    def _adaptive_faults(self, values: AdaptiveValues) -> Iterator[str]:
+        if values.token_budget * self.rollout.group_size < 1:
+            least = 1 / self.rollout.group_size
+            yield (
+                f"values.token_budget: {values.token_budget:g} per token of {self.rollout.group_size} completions buys less "
+                f"than one continuation of full length; use at least {least:g}, or values.kind=fixed"
+            )
+        (low, high), unfinished = values.reward_range, self.reward.unfinished
+        if not low <= unfinished <= high:
+            yield (
+                f"values.reward_range: [{low:g}, {high:g}] leaves out reward.unfinished = {unfinished:g}; set it to the "
+                "smallest and the largest reward there can be"
             )
 
     def _reward_faults(self) -> Iterator[str]:

@@ -2,17 +2,50 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ray_rl.config.section import Section
 
 
-class FixedValues(Section):
-    """K fresh continuations from every distinct state: the published method (arXiv 2410.01679)."""
+class SampledValues(Section):
+    """What every estimate from continuations shares."""
+
+    pool: bool = False
+    """A state's value also counts what passes through it: the group's other completions, and continuations from earlier
+    states. Each counts once; a completion's own reward never counts for the values of its own states."""
+    train_on_continuations: bool = False
+    """Continuations enter the batch too, with the advantage r - V(s) on their own tokens; a prompt's weight stays."""
+
+
+class FixedValues(SampledValues):
+    """K fresh continuations from every distinct state: the published method (arXiv 2410.01679). Unbiased."""
 
     kind: Literal["fixed"] = "fixed"
     num_continuations: int = Field(3, ge=1)
     """K, continuations per distinct state."""
+
+
+class AdaptiveValues(SampledValues):
+    """Continuations where the outcome is open: each completion is searched by bisection for the state from which on its
+    reward is certain; only the states before it are filled up. `actors/adaptive.py` tells the rules."""
+
+    kind: Literal["adaptive"] = "adaptive"
+    pool: bool = True
+    num_continuations: int = Field(4, ge=1)
+    """K, samples that an undecided state gets on average, those that are pooled included."""
+    max_bias: float = Field(0.15, ge=0, lt=1)
+    """A state counts as decided when n samples agree with the completion's own reward; n is the smallest number for which
+    the expected error that false agreement can cause, whatever the policy, is at most this. 0: never decided, unbiased."""
+    token_budget: float = Field(2.0, gt=0)
+    """Most continuation tokens of a group, as expected when they are asked for, per token of its completions."""
+    reward_range: tuple[float, float] = (0.0, 1.0)
+    """Smallest and largest reward there can be: only from there a value cannot move any more."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "AdaptiveValues":
+        if self.reward_range[0] >= self.reward_range[1]:
+            raise ValueError(f"reward_range: {list(self.reward_range)}; the smaller one comes first")
+        return self
 
 
 class NoValues(Section):
@@ -21,4 +54,4 @@ class NoValues(Section):
     kind: Literal["none"] = "none"
 
 
-ValuesConfig = Annotated[FixedValues | NoValues, Field(discriminator="kind")]
+ValuesConfig = Annotated[FixedValues | AdaptiveValues | NoValues, Field(discriminator="kind")]

@@ -1,10 +1,13 @@
 import asyncio
+import itertools
 import math
+
+import pytest
 
 from actors.rollout import Rollout, summarize
 from actors.scoring import InPlaceScorer
 from ray_rl.config import RunConfig, resolve_config
-from ray_rl.types import Completion
+from ray_rl.types import Completion, Reward
 from tests.fakes import completion, prompt
 
 VOCABULARY = {1: "1", 2: "2", 3: "\n", 4: "#", 5: ""}
@@ -21,15 +24,16 @@ class Codec:
 
 
 class Engine:
-    """Answers each prefix with what the test wrote down, and remembers what it was asked."""
+    """Answers each prefix with what the test wrote down, in turn, and remembers what it was asked."""
 
     def __init__(self, answers: dict[tuple[int, ...], list[Completion]]) -> None:
         self.answers = answers
         self.asked: list[tuple[tuple[int, ...], int, int]] = []
+        self.turn = {prefix: itertools.cycle(answers) for prefix, answers in answers.items()}
 
     async def generate(self, token_ids, *, n, max_tokens, temperature=None):
         self.asked.append((tuple(token_ids), n, max_tokens))
-        return tuple(self.answers[tuple(token_ids)][:n])
+        return tuple(next(self.turn[tuple(token_ids)]) for _ in range(n))
 
 
 # "1\n#2" ends with the right answer, "1\n#1" with a wrong one; the prompt is (1, 2, 3), the answer "2".
@@ -54,7 +58,7 @@ def test_vineppo_values_each_distinct_state_once_with_the_tokens_that_are_left()
         }
     )
     group = collect(vineppo(), engine)
-    assert engine.asked == [(PROMPT, 2, 8), (PROMPT, 2, 8), ((*PROMPT, 1, 3), 2, 6)]
+    assert engine.asked == [(PROMPT, 2, 8), (PROMPT, 1, 8), (PROMPT, 1, 8), ((*PROMPT, 1, 3), 2, 6)]
     right, wrong = group.trajectories
     assert [t.reward.value for t in group.trajectories] == [1.0, 0.0]
     assert right.boundaries == wrong.boundaries == (0, 2, 5)
@@ -64,6 +68,59 @@ def test_vineppo_values_each_distinct_state_once_with_the_tokens_that_are_left()
     assert group.cost.primary_tokens == 10
     assert group.cost.continuation_tokens == 10 + 6
     assert (group.cost.prefix_tokens, group.cost.cached_prefix_tokens) == (2 * 3 + 2 * 5, 6)
+
+
+def test_fixed_values_wait_for_no_other_completion_of_the_group():
+    class OneIsSlow(Engine):
+        """The second completion comes only when the first one's state is being continued."""
+
+        def __init__(self):
+            super().__init__({PROMPT: [completion(RIGHT)], (*PROMPT, 1, 3): [completion((4, 2, END))]})
+            self.continued = asyncio.Event()
+            self.sampled = 0
+
+        async def generate(self, token_ids, *, n, max_tokens, temperature=None):
+            if len(token_ids) > len(PROMPT):
+                self.continued.set()
+            elif n == 1:
+                self.sampled += 1
+                if self.sampled == 2:
+                    await asyncio.wait_for(self.continued.wait(), 10)
+            return await super().generate(token_ids, n=n, max_tokens=max_tokens)
+
+    assert len(collect(vineppo(), OneIsSlow()).trajectories) == 2
+
+
+def test_adaptive_values_continue_nothing_when_the_group_is_decided_and_open_states_when_it_is_not():
+    config = resolve_config({"rollout": {"group_size": 8, "max_tokens": 8}, "values": {"kind": "adaptive"}})
+    decided = Engine({PROMPT: [completion(WRONG)]})
+    group = collect(config, decided)
+    assert len(decided.asked) == 8
+    assert (group.continuations, group.cost.rounds, group.cost.closed_states) == ((), 0, group.cost.states)
+    assert all(value.closed for trajectory in group.trajectories for value in trajectory.values)
+    half = {(*PROMPT, 1, 3): [completion((4, 2, END)), completion((4, 1, END))]}
+    open_group = collect(config, Engine({PROMPT: [completion(RIGHT), completion(WRONG)]} | half))
+    assert [(v.mean, v.count) for v in open_group.trajectories[0].values] == [(3 / 7, 7), (3 / 7, 7)]
+
+
+def test_given_completions_are_valued_without_sampling_them_again():
+    config = vineppo()
+    engine = Engine({PROMPT: [completion(RIGHT)], (*PROMPT, 1, 3): [completion((4, 2, END)), completion((4, 1, END))]})
+    rollout = Rollout(config, engine, InPlaceScorer(config.reward), Codec())
+    rewards = [Reward(value=1.0), Reward(value=0.0)]
+    group = asyncio.run(rollout.values_of(prompt(token_ids=PROMPT), [completion(RIGHT), completion(WRONG)], rewards))
+    assert engine.asked == [(PROMPT, 2, 8), ((*PROMPT, 1, 3), 2, 6)]
+    assert [trajectory.reward for trajectory in group.trajectories] == rewards
+    assert [v.mean for v in group.trajectories[1].values] == [1.0, 0.5]
+
+
+def test_what_an_engine_raises_comes_as_itself():
+    class Dead(Engine):
+        async def generate(self, token_ids, *, n, max_tokens, temperature=None):
+            raise ConnectionError("gone")
+
+    with pytest.raises(ConnectionError, match="gone"):
+        collect(vineppo(), Dead({}))
 
 
 def test_a_truncated_completion_is_unfinished_and_not_graded():

@@ -25,6 +25,7 @@ from actors.segmentation import (
 )
 from ray_rl.config.segmentation import (
     ClausesSegmentation,
+    CutpointsSegmentation,
     FixedSegmentation,
     LinesSegmentation,
     SentencesSegmentation,
@@ -32,6 +33,7 @@ from ray_rl.config.segmentation import (
 
 quick = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 CUTTERS = (cuts_lines, cuts_sentences, cuts_clauses)
+UNEVEN_KINDS = (LinesSegmentation, SentencesSegmentation, ClausesSegmentation, CutpointsSegmentation)
 
 PIECES = (
     *(
@@ -490,14 +492,46 @@ def test_impossible_limits_are_refused(limits):
 def test_each_kind_of_configuration_has_its_segmenter():
     text = "Hm, a. B\nc"
     starts = tuple(range(len(text)))
+    logprobs = (-0.5, 0.0) * 5
     by_kind = {
         "lines": (LinesSegmentation(), (0, 9, 10)),
         "sentences": (SentencesSegmentation(), (0, 6, 9, 10)),
         "clauses": (ClausesSegmentation(min_tokens=2), (0, 3, 6, 9, 10)),
+        "cutpoints": (CutpointsSegmentation(every=2), (0, 3, 7, 10)),
         "fixed": (FixedSegmentation(tokens=4), (0, 4, 8, 10)),
     }
     assert set(by_kind) == set(SEGMENTERS)
     for config, expected in by_kind.values():
-        assert segment(config, text, starts) == expected
-    assert segment(SentencesSegmentation(max_tokens=5, max_segments=3), text, starts) == (0, 5, 6, 10)
-    assert segment(FixedSegmentation(tokens=4, max_segments=2), text, starts) == (0, 4, 10)
+        assert segment(config, text, starts, logprobs) == expected
+    assert segment(SentencesSegmentation(max_tokens=5, max_segments=3), text, starts, logprobs) == (0, 5, 6, 10)
+    assert segment(FixedSegmentation(tokens=4, max_segments=2), text, starts, logprobs) == (0, 4, 10)
+
+
+SEVERAL_LIMITS = st.fixed_dictionaries(
+    {"min_tokens": st.integers(1, 4), "max_tokens": st.none() | st.integers(4, 9), "max_segments": st.none()}
+)
+
+
+@quick
+@given(tokenised(), SEVERAL_LIMITS, st.data())
+def test_each_kind_keeps_the_text_and_its_limits_of_length(example, limits, data):
+    text, starts = example
+    logprobs = data.draw(st.lists(st.floats(-3, 0), min_size=len(starts), max_size=len(starts)))
+    with_text = bisect_left(starts, len(text))
+    for kind in UNEVEN_KINDS:
+        result = segment(kind(**limits), text, starts, logprobs)
+        assert (result[0], result[-1]) == (0, len(starts))
+        assert "".join(text[starts[a] : [*starts, len(text)][b]] for a, b in pairwise(result)) == text
+        assert all(b - a >= limits["min_tokens"] for a, b in pairwise(result[:-1]))
+        longest = max(b - a for a, b in pairwise((*result[:-1], with_text)))
+        assert limits["max_tokens"] is None or longest <= limits["max_tokens"]
+    tokens = limits["min_tokens"]
+    fixed = segment(FixedSegmentation(tokens=tokens), text, starts, logprobs)
+    assert all(b - a == tokens for a, b in pairwise(fixed[:-1]))
+    assert with_text - fixed[-2] <= tokens
+
+
+@pytest.mark.parametrize("kind", [*UNEVEN_KINDS, FixedSegmentation])
+def test_log_probabilities_that_do_not_match_the_tokens_are_refused(kind):
+    with pytest.raises(ValueError, match="2 tokens came with 1 log-probabilities"):
+        segment(kind(), "ab", (0, 1), (0.0,))

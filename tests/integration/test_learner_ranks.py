@@ -6,10 +6,10 @@ import pytest
 import ray
 from transformers import AutoModelForCausalLM
 
-from learner.advantages import training_samples
 from learner.distributed import host_store, join_store
 from learner.engine import LearnerEngine
 from learner.group import LearnerGroup
+from learner.samples import training_samples
 from ray_rl import deadlines
 from ray_rl.config import resolve_config
 from ray_rl.protocols import CollectedGroup
@@ -139,8 +139,7 @@ def rank_processes():
 def run_everywhere(ranks, config, model_path):
     """Metrics of two steps and the weights after them, by rank."""
     batches = [
-        [sample for k in range(3) for sample in training_samples(make_group(3 * step + k), config.advantage)]
-        for step in range(2)
+        [sample for k in range(3) for sample in training_samples(make_group(3 * step + k), config)] for step in range(2)
     ]
     port = deadlines.get(ranks[0].host.remote(), 120, what="a rank")
     runs = [rank.run.remote(port, config, str(model_path), batches) for rank in ranks]

@@ -1,6 +1,6 @@
 import math
 from fractions import Fraction
-from statistics import mean, pstdev, variance
+from statistics import mean, pstdev
 
 import pytest
 from hypothesis import given
@@ -13,53 +13,10 @@ from learner.advantages import (
     group_relative,
     leave_one_out,
     segment_advantages,
-    training_samples,
-    whiten,
 )
-from ray_rl.config.advantage import DrGrpoAdvantage, GrpoAdvantage, RlooAdvantage, VineppoAdvantage
-from ray_rl.types import (
-    Completion,
-    Problem,
-    Prompt,
-    Reward,
-    StateValue,
-    TrainingSample,
-    Trajectory,
-    TrajectoryGroup,
-    VersionSpan,
-)
-from tests.fakes import NO_COST
+from tests.learner.groups import make_group, make_trajectory
 
 finite = st.floats(min_value=-100, max_value=100)
-
-
-def make_trajectory(tokens, reward, *, boundaries=None, values=(), failure=None):
-    boundaries = boundaries or (0, len(tokens))
-    counts = [3 if value is not None else 0 for value in values]
-    return Trajectory(
-        completion=Completion(
-            token_ids=tuple(tokens),
-            behavior_logprobs=tuple(-0.1 * (k + 1) for k in range(len(tokens))),
-            versions=(VersionSpan(version=0, start=0, end=len(tokens)),),
-            finish_reason="stop",
-        ),
-        text="",
-        reward=Reward(value=reward, failure=failure),
-        boundaries=boundaries,
-        values=tuple(
-            StateValue(boundary=b, mean=math.nan if v is None else v, stderr=0.1, count=n)
-            for b, v, n in zip(boundaries, values, counts, strict=False)
-        ),
-    )
-
-
-def make_group(*trajectories):
-    return TrajectoryGroup(
-        prompt=Prompt(problem=Problem(problem_id="p", prompt="?", answer="!"), position=0, token_ids=(1, 2)),
-        trajectories=trajectories,
-        continuations=(),
-        cost=NO_COST,
-    )
 
 
 def test_group_relative_of_two_right_out_of_eight_by_hand():
@@ -163,63 +120,26 @@ def test_second_moments_of_the_chain_of_segments(n, broadcast, exact, k9, k3, k1
     assert expected_square(q, n, 1) == pytest.approx(k1, abs=5e-4)
 
 
-def test_samples_carry_prompt_and_completion_and_train_the_completion_only():
-    group = make_group(make_trajectory([5, 6, 7], 1.0), make_trajectory([8], 0.0))
-    first, second = training_samples(group, DrGrpoAdvantage())
-    assert first == TrainingSample(
-        token_ids=(1, 2, 5, 6, 7),
-        loss_mask=(False, False, True, True, True),
-        behavior_logprobs=(0.0, 0.0, -0.1, -0.2, -0.1 * 3),
-        advantages=(0.0, 0.0, 0.5, 0.5, 0.5),
-    )
-    assert second.advantages == (0.0, 0.0, -0.5)
-
-
 def test_vineppo_gives_each_segment_its_own_and_the_last_token_the_last_ones():
     group = make_group(make_trajectory([5, 6, 7, 0], 1.0, boundaries=(0, 1, 4), values=(0.5, 0.25)))
-    (sample,) = training_samples(group, VineppoAdvantage())
-    assert sample.advantages == (0.0, 0.0, -0.25, 0.75, 0.75, 0.75)
+    assert ADVANTAGES["vineppo"](group) == [(-0.25, 0.75, 0.75, 0.75)]
 
 
 def test_a_failed_grading_neither_trains_nor_moves_the_baseline_of_its_group():
     graded = [make_trajectory([5], 1.0), make_trajectory([6], 0.0)]
     failed = make_trajectory([7, 8], -1.0, failure="timeout after 5.0 s")
-    for config in (GrpoAdvantage(), DrGrpoAdvantage(), RlooAdvantage()):
-        alone = training_samples(make_group(*graded), config)
-        with_failure = training_samples(make_group(graded[0], failed, graded[1]), config)
-        assert [with_failure[0], with_failure[2]] == alone
-        assert with_failure[1].loss_tokens == 0
-        assert set(with_failure[1].advantages) == {0.0}
+    for kind in ("grpo", "dr_grpo", "rloo"):
+        first, second = ADVANTAGES[kind](make_group(*graded))
+        assert ADVANTAGES[kind](make_group(graded[0], failed, graded[1])) == [first, None, second]
 
 
 def test_a_state_without_a_graded_continuation_joins_its_neighbours():
     group = make_group(make_trajectory([5, 6, 7], 1.0, boundaries=(0, 1, 2, 3), values=(0.5, None, 0.75)))
     assert ADVANTAGES["vineppo"](group) == [(0.25, 0.25, 0.25)]
     group = make_group(make_trajectory([5, 6, 7], 1.0, boundaries=(0, 1, 2, 3), values=(None, 0.5, 0.75)))
-    assert training_samples(group, VineppoAdvantage())[0].loss_tokens == 0
+    assert ADVANTAGES["vineppo"](group) == [None]
 
 
 def test_vineppo_refuses_a_trajectory_without_values():
     with pytest.raises(ValueError, match="0 state values for 1 segments"):
-        training_samples(make_group(make_trajectory([5], 1.0)), VineppoAdvantage())
-
-
-@given(st.lists(st.lists(finite, min_size=1, max_size=6), min_size=1, max_size=6))
-def test_whitening_gives_mean_zero_and_unbiased_variance_one_over_loss_tokens(rows):
-    samples = [
-        TrainingSample(
-            token_ids=(1,) * (len(row) + 1),
-            loss_mask=(False,) + (True,) * len(row),
-            behavior_logprobs=(0.0,) * (len(row) + 1),
-            advantages=(0.0, *row),
-        )
-        for row in rows
-    ]
-    flat = [a for row in rows for a in row]
-    result = [a for sample in whiten(samples) for a in sample.advantages[1:]]
-    assert all(sample.advantages[0] == 0.0 for sample in whiten(samples))
-    if len(flat) == 1:
-        assert result == flat
-    elif variance(flat) > 1e-3:
-        assert mean(result) == pytest.approx(0, abs=1e-6)
-        assert variance(result) == pytest.approx(1, rel=1e-4)
+        ADVANTAGES["vineppo"](make_group(make_trajectory([5], 1.0)))

@@ -2,60 +2,28 @@
 
 import json
 import math
-import random
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from learner.checkpoint import CheckpointError, export_model, load_checkpoint, save_checkpoint
-from learner.engine import LearnerEngine
-from ray_rl.config import resolve_config
-from ray_rl.types import TrainingSample
-from tests.tiny_model import VOCABULARY, save_tiny_model
-
-PROMPT = 4
+from tests.learner.engines import (
+    PROMPT,
+    blank,
+    completion_logprob,
+    largest_difference,
+    make_engine,
+    make_samples,
+    weights,
+)
+from tests.tiny_model import save_tiny_model
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("policy"))
-
-
-def make_samples(count=8, seed=0, advantage=None):
-    """Completions of 3 to 12 tokens; advantages alternate in sign unless one is given."""
-    draw = random.Random(seed)
-    samples = []
-    for index in range(count):
-        length = draw.randint(3, 12)
-        value = (1.0 if index % 2 else -0.5) if advantage is None else advantage
-        samples.append(
-            TrainingSample(
-                token_ids=tuple(draw.randrange(VOCABULARY) for _ in range(PROMPT + length)),
-                loss_mask=(False,) * PROMPT + (True,) * length,
-                behavior_logprobs=(0.0,) * PROMPT + (-3.0,) * length,
-                advantages=(0.0,) * PROMPT + (value,) * length,
-            )
-        )
-    return samples
-
-
-def make_engine(model_path, *overrides):
-    ours = ["training.prompts_per_step=1", "learner.optimizer.lr=1e-3", "learner.microbatch_size=3"]
-    return LearnerEngine(resolve_config({}, [*ours, *overrides]), model_path, 0, 1)
-
-
-def weights(engine):
-    return {name: tensor.clone() for name, tensor in engine.named_parameters_gathered()}
-
-
-def largest_difference(left, right):
-    assert left.keys() == right.keys()
-    return max((left[name] - right[name]).abs().max().item() for name in left)
-
-
-def completion_logprob(engine, sample):
-    return sum(engine.logprobs(sample.token_ids)[PROMPT - 1 :])
 
 
 def test_logprobs_are_those_of_the_model_in_transformers(model_path):
@@ -185,16 +153,7 @@ def test_a_minibatch_beyond_the_mean_ratio_is_skipped(model_path):
 def test_a_batch_without_loss_tokens_moves_nothing(model_path):
     engine = make_engine(model_path)
     before = weights(engine)
-    blank = [
-        TrainingSample(
-            token_ids=s.token_ids,
-            loss_mask=(False,) * len(s.token_ids),
-            behavior_logprobs=(0.0,) * len(s.token_ids),
-            advantages=(0.0,) * len(s.token_ids),
-        )
-        for s in make_samples()
-    ]
-    metrics = engine.train(blank, 0)
+    metrics = engine.train([blank(sample) for sample in make_samples()], 0)
     assert metrics["policy/skipped_minibatches"] == 1.0
     assert largest_difference(weights(engine), before) == 0.0
 
@@ -264,12 +223,7 @@ def test_whitened_advantages_ignore_shift_and_scale(model_path, whiten):
     engines = [make_engine(model_path, f"advantage.whiten={whiten}") for _ in range(2)]
     plain = make_samples()
     scaled = [
-        TrainingSample(
-            token_ids=s.token_ids,
-            loss_mask=s.loss_mask,
-            behavior_logprobs=s.behavior_logprobs,
-            advantages=tuple(3 * a + 1 if m else 0.0 for a, m in zip(s.advantages, s.loss_mask, strict=True)),
-        )
+        replace(s, advantages=tuple(3 * a + 1 if m else 0.0 for a, m in zip(s.advantages, s.loss_mask, strict=True)))
         for s in plain
     ]
     for engine, samples in zip(engines, (plain, scaled), strict=True):

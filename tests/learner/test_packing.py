@@ -9,17 +9,31 @@ from learner.packing import FILLER, pack, split_minibatches
 lengths_of = st.lists(st.integers(2, 200), min_size=1, max_size=60)
 
 
-@given(st.integers(1, 100), st.integers(1, 40), st.integers(0, 10**6))
-def test_minibatches_hold_every_sample_once_and_are_nearly_equal(count, size, seed):
-    parts = split_minibatches(count, size, seed)
-    assert sorted(index for part in parts for index in part) == list(range(count))
-    assert max(map(len, parts)) <= size
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+def split(completions, size, seed, continuations=0):
+    """Completions come first in the batch."""
+    return split_minibatches([False] * completions + [True] * continuations, size, seed)
+
+
+@given(st.integers(1, 100), st.integers(1, 40), st.integers(0, 10**6), st.integers(0, 300))
+def test_minibatches_hold_every_sample_once_and_are_nearly_equal(count, size, seed, continuations):
+    parts = split(count, size, seed, continuations)
+    assert sorted(index for part in parts for index in part) == list(range(count + continuations))
+    for kind in (range(count), range(count, count + continuations)):
+        sizes = [len(set(part) & set(kind)) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+    assert max(len(set(part) & set(range(count))) for part in parts) <= size
+
+
+@given(st.integers(1, 100), st.integers(1, 40), st.integers(0, 10**6), st.integers(0, 300))
+def test_continuations_change_neither_number_nor_completions_of_minibatches(count, size, seed, continuations):
+    parts = split(count, size, seed, continuations)
+    assert len(parts) == -(-count // size)
+    assert [[index for index in part if index < count] for part in parts] == split(count, size, seed)
 
 
 def test_minibatches_follow_their_seed():
-    assert split_minibatches(50, 10, 1) == split_minibatches(50, 10, 1)
-    assert split_minibatches(50, 10, 1) != split_minibatches(50, 10, 2)
+    assert split(50, 10, 1, 30) == split(50, 10, 1, 30)
+    assert split(50, 10, 1) != split(50, 10, 2)
 
 
 @given(lengths_of, st.integers(1, 6), st.integers(1, 9))

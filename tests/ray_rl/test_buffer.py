@@ -2,8 +2,28 @@ import asyncio
 
 import pytest
 
-from ray_rl.buffer import StalenessBuffer
+from ray_rl.buffer import Batch, StalenessBuffer
 from tests.fakes import collected
+
+EQUAL, UNEQUAL = (1.0, 1.0), (0.0, 1.0)
+
+
+async def fill(buffer: StalenessBuffer, *rewards: tuple[float, float], first: int = 0, version: int = 0) -> None:
+    for position, of_group in enumerate(rewards, start=first):
+        await asyncio.wait_for(buffer.admit(), 0.1)
+        await buffer.put(collected(position, version=version, rewards=of_group))
+
+
+async def admits_nothing(buffer: StalenessBuffer) -> bool:
+    try:
+        await asyncio.wait_for(buffer.admit(), 0.01)
+    except TimeoutError:
+        return True
+    return False
+
+
+def positions(batch: Batch) -> tuple[list[int], list[int]]:
+    return [group.prompt.position for group in batch.groups], [summary.position for summary in batch.filtered]
 
 
 async def test_strictly_on_policy_admits_one_batch_until_it_is_published():
@@ -13,10 +33,10 @@ async def test_strictly_on_policy_admits_one_batch_until_it_is_published():
         await buffer.put(collected(position, version=0))
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(buffer.admit(), 0.01)
-    assert len(await buffer.take(version=0)) == 2
+    assert len((await buffer.take(version=0)).groups) == 2
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(buffer.admit(), 0.01)
-    await buffer.release(2)
+    await buffer.release()
     await asyncio.wait_for(buffer.admit(), 0.01)
 
 
@@ -34,7 +54,8 @@ async def test_groups_older_than_allowed_are_dropped_counted_and_make_room():
         await buffer.admit()
         await buffer.put(collected(position, version=version))
     taken = await buffer.take(version=3)
-    assert [group.prompt.position for group in taken] == [1]
+    assert [group.prompt.position for group in taken.groups] == [1]
+    assert [summary.position for summary in taken.stale] == [0]
     assert buffer.dropped == {"stale": 1}
     await asyncio.wait_for(buffer.admit(), 0.01)
 
@@ -48,7 +69,7 @@ async def test_take_waits_for_a_whole_batch():
     assert not take.done()
     await buffer.admit()
     await buffer.put(collected(1, version=0))
-    assert len(await asyncio.wait_for(take, 0.1)) == 2
+    assert len((await asyncio.wait_for(take, 0.1)).groups) == 2
     assert buffer.depth == 0
 
 
@@ -61,3 +82,69 @@ async def test_no_more_is_admitted_than_the_run_will_train_on_but_for_what_was_d
         await asyncio.wait_for(buffer.admit(), 0.01)
     await buffer.take(version=3)
     await asyncio.wait_for(buffer.admit(), 0.01)
+
+
+async def test_decided_groups_are_kept_unless_asked_otherwise():
+    buffer = StalenessBuffer(batch=2, max_staleness=0)
+    await fill(buffer, EQUAL, UNEQUAL)
+    assert positions(await buffer.take(version=0)) == ([0, 1], [])
+    assert not buffer.dropped
+
+
+async def test_drop_takes_decided_groups_out_of_their_batch_and_replaces_none():
+    buffer = StalenessBuffer(batch=3, max_staleness=0, total=6, decided="drop")
+    await fill(buffer, UNEQUAL, EQUAL, UNEQUAL)
+    assert positions(await buffer.take(version=0)) == ([0, 2], [1])
+    assert (buffer.dropped, buffer.dropped_positions) == ({"decided": 1}, {1})
+    assert await admits_nothing(buffer)
+    await buffer.release()
+    await fill(buffer, EQUAL, EQUAL, EQUAL, first=3, version=1)
+    assert positions(await buffer.take(version=1)) == ([], [3, 4, 5])
+    await buffer.release()
+    assert await admits_nothing(buffer)
+
+
+async def test_refill_samples_another_group_for_each_decided_one_before_the_batch_is_taken():
+    buffer = StalenessBuffer(batch=2, max_staleness=0, total=2, decided="refill", refill_limit=3)
+    await fill(buffer, EQUAL, UNEQUAL, EQUAL, UNEQUAL)
+    assert await admits_nothing(buffer)
+    assert positions(await buffer.take(version=0)) == ([1, 3], [0, 2])
+    assert (buffer.dropped, buffer.dropped_positions) == ({"decided": 2}, {0, 2})
+    await buffer.release()
+    assert await admits_nothing(buffer)
+
+
+async def test_past_the_refill_limit_decided_groups_are_accepted():
+    buffer = StalenessBuffer(batch=2, max_staleness=0, decided="refill", refill_limit=2.5)
+    await fill(buffer, *[EQUAL] * 5)
+    assert await admits_nothing(buffer)
+    assert positions(await buffer.take(version=0)) == ([3, 4], [0, 1, 2])
+
+
+async def test_a_refill_limit_of_one_keeps_decided_groups():
+    buffer = StalenessBuffer(batch=2, max_staleness=0, decided="refill", refill_limit=1)
+    await fill(buffer, EQUAL, EQUAL)
+    assert positions(await buffer.take(version=0)) == ([0, 1], [])
+
+
+async def test_the_refill_limit_holds_for_each_of_several_batches_in_flight():
+    buffer = StalenessBuffer(batch=2, max_staleness=2, decided="refill", refill_limit=2)
+    await fill(buffer, *[EQUAL] * 12)
+    assert (buffer.depth, buffer.dropped) == (6, {"decided": 6})
+    assert await admits_nothing(buffer)
+    assert positions(await buffer.take(version=0)) == ([2, 3], [0, 1, 4, 5, 8, 9])
+    await buffer.release()
+    await fill(buffer, *[EQUAL] * 4, first=12)
+    assert positions(await buffer.take(version=1)) == ([6, 7], [12, 13])
+
+
+async def test_what_was_dropped_is_told_with_the_next_batch_and_only_once():
+    buffer = StalenessBuffer(batch=1, max_staleness=1, decided="refill", refill_limit=2)
+    await fill(buffer, UNEQUAL, EQUAL, UNEQUAL)
+    assert positions(await buffer.take(version=0)) == ([0], [1])
+    await buffer.release()
+    await fill(buffer, UNEQUAL, first=3, version=2)
+    batch = await buffer.take(version=2)
+    assert positions(batch) == ([3], [])
+    assert [summary.position for summary in batch.stale] == [2]
+    assert buffer.dropped == {"decided": 1, "stale": 1}

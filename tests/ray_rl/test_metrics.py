@@ -22,6 +22,8 @@ def cost(primary: int = 10, continuation: int = 0, states: int = 0, prefix: int 
         continuations=3 * states,
         continuation_tokens=continuation,
         states=states,
+        closed_states=0,
+        rounds=0,
         prefix_tokens=prefix,
         cached_prefix_tokens=cached,
         seconds=2.0,
@@ -66,6 +68,30 @@ def test_rewards_lengths_and_truncation_are_means_over_completions():
     assert metrics["rollout/truncated_rate"] == 0.25
     assert metrics["segments/per_trajectory"] == 2.5
     assert metrics["groups/decided_fraction"] == 0.5
+
+
+def test_dropped_groups_count_in_rewards_failures_and_cost_but_not_in_what_is_trained():
+    trained = [summary(0, rewards=(1.0, 0.0), version=3, graded=10, cost=cost(10, 5, 1))]
+    filtered = [summary(1, rewards=(1.0, 1.0), version=1, graded=10, failures=3, cost=cost(20))]
+    stale = [summary(2, rewards=(0.0, 0.0), version=0, graded=10, cost=cost(30, 7, 1))]
+    metrics = step_metrics(trained, version=3, filtered=filtered, stale=stale)
+    assert metrics["reward/mean"] == 0.5
+    assert metrics["reward/failures"] == 0.1
+    assert (metrics["tokens/primary"], metrics["tokens/continuations"]) == (60, 12)
+    assert metrics["groups/decided_fraction"] == pytest.approx(2 / 3)
+    assert (metrics["groups/count"], metrics["groups/filtered"], metrics["groups/decided_trained"]) == (1, 1, 0)
+    assert metrics["staleness/max"] == 0
+
+
+def test_a_step_that_dropped_every_group_has_rewards_but_no_staleness():
+    metrics = step_metrics([], version=0, filtered=[summary(0, rewards=(1.0, 1.0))])
+    assert (metrics["reward/mean"], metrics["groups/count"], metrics["groups/filtered"]) == (1.0, 0, 1)
+    assert not any(name.startswith("staleness/") for name in metrics)
+
+
+def test_decided_groups_that_are_trained_on_are_counted():
+    metrics = step_metrics([summary(0), summary(1, rewards=(1.0, 1.0))], version=0)
+    assert (metrics["groups/decided_trained"], metrics["groups/filtered"]) == (1, 0)
 
 
 def test_failures_are_a_share_of_gradings_and_zero_when_nothing_was_graded():

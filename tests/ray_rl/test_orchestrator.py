@@ -1,80 +1,12 @@
-import asyncio
 from pathlib import Path
 
 import pytest
 
-from ray_rl.config import RunConfig, resolve_config
-from ray_rl.orchestrator import Orchestrator, RunStopped
-from ray_rl.prompt_stream import PromptStream
-from ray_rl.run_report import RunReport
+from ray_rl.config import resolve_config
+from ray_rl.orchestrator import RunStopped
 from ray_rl.run_state import RunFolder, RunState
-from tests.fakes import FakeLearner, FakePool, collected, problem, prompt
-
-
-class Sink:
-    def __init__(self) -> None:
-        self.logged: list[tuple[int, dict[str, float]]] = []
-
-    def log(self, step, metrics) -> None:
-        self.logged.append((step, dict(metrics)))
-
-    def close(self) -> None: ...
-
-
-class Screen:
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def phase(self, text) -> None: ...
-
-    def step(self, step, metrics) -> None: ...
-
-    def evaluation(self, step, metrics) -> None: ...
-
-    def warn(self, text) -> None:
-        self.warnings.append(text)
-
-
-class Run:
-    """An orchestrator on fakes, with everything it touches in reach."""
-
-    def __init__(self, folder: RunFolder, config: RunConfig, pool: FakePool | None = None) -> None:
-        self.pool = pool or FakePool()
-        self.learner = FakeLearner()
-        self.sink = Sink()
-        self.screen = Screen()
-        self.folder = folder
-        self.recorded: list[int] = []
-        problems = [problem(f"p{index}") for index in range(10)]
-        self.stream = PromptStream(problems, lambda row, *, position: prompt(position), seed=config.seed, shuffle=True)
-        self.report = RunReport(name="test", folder=str(folder.path))
-        self.orchestrator = Orchestrator(
-            config,
-            pool=self.pool,
-            learner=self.learner,
-            stream=self.stream,
-            evaluation_prompts=[prompt(-1)],
-            folder=folder,
-            sink=self.sink,
-            record=self._record,
-            progress=self.screen,
-            report=self.report,
-        )
-
-    async def _record(self, step, groups) -> None:
-        self.recorded.append(step)
-
-    def go(self, start: RunState | None = None) -> "Run":
-        async def main() -> None:
-            await asyncio.wait_for(self.orchestrator.run(start or RunState.new(0)), 10)
-
-        asyncio.run(main())
-        return self
-
-
-def config_of(**training) -> RunConfig:
-    training = {"steps": 3, "prompts_per_step": 4} | training
-    return resolve_config({"training": training, "evaluation": {"problems": 1}})
+from tests.fakes import FakePool, collected
+from tests.orchestrated_run import Run, config_of
 
 
 @pytest.fixture
@@ -128,12 +60,7 @@ def test_a_resumed_run_trains_every_prompt_of_the_stream_exactly_once(folder):
 
 def test_a_requested_stop_saves_what_is_trained_and_does_not_export(folder):
     run = Run(folder, config_of(steps=1000))
-
-    async def record(step, groups) -> None:
-        if step == 2:
-            run.orchestrator.request_stop()
-
-    run.orchestrator._record = record
+    run.stop_at = 2
     run.go()
     assert run.report.interrupted
     assert folder.latest_state().step == 2

@@ -44,6 +44,8 @@ def group() -> TrajectoryGroup:
         continuations=1,
         continuation_tokens=2,
         states=2,
+        closed_states=0,
+        rounds=0,
         prefix_tokens=5,
         cached_prefix_tokens=0,
         seconds=0.1,
@@ -62,7 +64,7 @@ def test_a_written_group_reads_back(tmp_path):
     assert good["token_ids"] == [1, 2, 1, 0]
     assert good["boundaries"] == [0, 2, 4]
     assert good["advantages"] == [0.5, 0.5, -1.0, -1.0]
-    assert good["values"][0] == {"boundary": 0, "mean": 0.5, "stderr": 0.2, "count": 3}
+    assert good["values"][0] == {"boundary": 0, "mean": 0.5, "stderr": 0.2, "count": 3, "closed": False}
     assert good["versions"] == [[0, 0, 4]]
     assert len(good["behavior_logprobs"]) == 4
     assert failed["failure"] == "timeout after 5.0 s"
@@ -80,7 +82,13 @@ def test_an_unknown_value_is_null_and_the_line_is_strict_json(tmp_path):
         raise AssertionError(name)
 
     line = json.loads((tmp_path / "groups.jsonl").read_text(), parse_constant=refuse)
-    assert line["trajectories"][0]["values"][1] == {"boundary": 2, "mean": None, "stderr": None, "count": 0}
+    assert line["trajectories"][0]["values"][1] == {
+        "boundary": 2,
+        "mean": None,
+        "stderr": None,
+        "count": 0,
+        "closed": False,
+    }
 
 
 def test_advantages_must_fit_the_tokens(tmp_path):

@@ -8,6 +8,7 @@ import yaml
 
 from ray_rl.config import ConfigError, RunConfig, load_config, resolve_config
 from ray_rl.config.load import recipe_names, recipe_text, task_from_text
+from ray_rl.config.values import FixedValues
 
 SHIPPED = {
     "gpu-node",
@@ -52,7 +53,7 @@ def test_the_preset_of_the_paper_holds_its_published_numbers():
     assert (config.samples_per_step, config.minibatch_size, config.learner.epochs) == (512, 64, 2)
     assert config.optimizer_steps == 650 * 16
     assert (config.rollout.temperature, config.rollout.top_p, config.rollout.max_tokens) == (0.6, 0.9, 1024)
-    assert config.values.model_dump() == {"kind": "fixed", "num_continuations": 9}
+    assert config.values == FixedValues(num_continuations=9)
     kl, optimizer = config.learner.kl, config.learner.optimizer
     assert (kl.coefficient, kl.estimator, kl.aggregation, kl.clamp) == (1e-4, "k3", "sequence_sum", 10)
     assert (optimizer.lr, optimizer.warmup_share, optimizer.schedule, optimizer.grad_clip) == (1e-6, 0.03, "linear", 1)
@@ -132,6 +133,27 @@ FAULTS = {
     ),
     "no values": (["values.kind=none"], "values.kind: none, but advantage.kind=vineppo needs state values"),
     "wasted values": (["advantage.kind=rloo"], "values.kind: fixed would spend continuations that advantage.kind=rloo"),
+    "K without states": (
+        ["values.kind=none", "advantage.kind=grpo", "values.num_continuations=3"],
+        "values.num_continuations: unknown key",
+    ),
+    "budget": (
+        ["values.kind=adaptive", "values.token_budget=0.1"],
+        "values.token_budget: 0.1 per token of 8 completions buys less than one continuation of full length; use at least",
+    ),
+    "pooling off-policy": (["values.pool=true", "rollout.top_p=0.9"], "values.pool: counts samples by the policy's own"),
+    "lone continuation": (
+        ["values.train_on_continuations=true", "values.num_continuations=1"],
+        "values.train_on_continuations: with one continuation per state there is no other to compare it with",
+    ),
+    "reward out of range": (
+        ["values.kind=adaptive", "reward.unfinished=-1"],
+        "values.reward_range: [0, 1] leaves out reward.unfinished = -1; set it",
+    ),
+    "reward range": (
+        ["values.kind=adaptive", "values.reward_range=[1, 0]"],
+        "values: reward_range: [1.0, 0.0]; the smaller one comes first",
+    ),
     "minibatch": (
         ["learner.minibatch_size=7"],
         "learner.minibatch_size: 7 does not divide training.prompts_per_step x rollout.group_size = 32 x 8 = 256",

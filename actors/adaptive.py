@@ -1,0 +1,265 @@
+"""Continuations only where the outcome is open (pure decisions; the rules and the bound are derived here).
+
+search   A state's value cannot leave the ends of the reward's range: once there, it stays to the end. So each completion
+         whose reward is such an end has a first state from which on that reward is certain, and a search finds it: n samples
+         of a state that all agree with the reward close the state and all after it; one that differs opens the state and
+         all before it. The first state tested is the prompt's, of which the group's other completions are samples: a group
+         whose rewards are all equal costs nothing (or little, if the others are fewer than n). The next is the one
+         whose test says most per token (`_worth`).
+fill     States that are not closed get K samples on average: K_s in proportion to sqrt(w_s v_s / c_s) (Neyman), w_s tokens
+         whose advantage the state enters, c_s tokens that a continuation may cost, v_s the reward's variance. v_s is read
+         from the neighbouring states alone, never from the samples that give the state's own value: that would bias it.
+         What passes through on its way from earlier states is expected from the policy's own probabilities and saves
+         fresh samples. What is open is filled while the search goes on, for it passes through the states still to test.
+values   Closed states have the value of the completion's own reward, the others the mean of their samples.
+
+A mean over a number of samples that does not depend on them is unbiased; what errs is closing. For a chain of states whose
+value is p, a completion that fails (probability 1 - p) and tests that n samples pass by chance with (1 - p)^n each, the
+expected error is p (1 - p) (1 - (1 - (1 - p)^n)^tests); `false_agreement` is its largest value over p.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from actors.evidence import Evidence
+from actors.state_tree import ROOT, StateTree
+from ray_rl.config.values import AdaptiveValues
+from ray_rl.errors import RunError
+
+_MOST_OVER_MEAN = 3.0
+"""No state is to get more than so many times K."""
+_SCALES = tuple(0.9**step for step in range(40))
+"""By which the wanted numbers of samples are lowered, one after the other, until they fit the budget."""
+_LEAST_SURVIVAL = 0.02
+
+
+def false_agreement(samples: int, tests: int) -> float:
+    """Largest expected error of a value, over all p, when `samples` agreeing ones close a state (module docstring)."""
+    grid = (index / 1000 for index in range(1, 1000))
+    return max(p * (1 - p) * (1 - (1 - (1 - p) ** samples) ** tests) for p in grid)
+
+
+@lru_cache
+def samples_to_close(max_bias: float, segments: int) -> int:
+    """The fewest agreeing samples that keep the bias of a completion with so many segments within `max_bias`.
+
+    The prompt's state is tested, then as many as a bisection of the others takes.
+    """
+    tests = 1 + math.ceil(math.log2(max(segments, 1)))
+    samples = 1
+    while false_agreement(samples, tests) > max_bias:
+        samples += 1
+    return samples
+
+
+@dataclass(slots=True, kw_only=True)
+class _Search:
+    """Where on one completion the outcome becomes certain, as far as it is known."""
+
+    path: Sequence[int]
+    """The states at which its segments start."""
+    outcome: float | None
+    """Its reward; None if it could not be graded."""
+    needed: int
+    """Samples that close a state; 0: none can."""
+    open: int
+    """Index of the last state known to be open; -1: none."""
+    closed: int
+    """Index of the first state known to be closed; len(path): none."""
+
+    @property
+    def done(self) -> bool:
+        """Whether no test is left."""
+        return not self.needed or self.open + 1 >= self.closed
+
+
+class AdaptiveEstimator:
+    """Decides round by round; the same evidence leads to the same decisions."""
+
+    def __init__(self, config: AdaptiveValues, tree: StateTree, evidence: Evidence) -> None:
+        """Of one group; the caller adds completions, then each round's continuations, to tree and evidence."""
+        self._config = config
+        self._tree = tree
+        self._evidence = evidence
+        self._searches: list[_Search] = []
+        self._tested: dict[int, int] = {}
+        self._filled = False
+
+    def at_once(self) -> int:
+        """Continuations of a state before any outcome is known: none."""
+        return 0
+
+    def plan(self) -> Mapping[int, int]:
+        """The next round: how many continuations of which states; nothing when all is decided.
+
+        Raises:
+            RunError: a reward outside of the configured range.
+        """
+        self._check_range()
+        if not self._searches:
+            self._begin()
+        if self._filled:
+            return {}
+        if tests := self._tests():
+            opened = {state for search in self._searches for state in search.path[: search.open + 1]}
+            if paid := self._affordable({**self._missing(opened - tests.keys()), **tests}):
+                return paid
+        self._filled = True
+        return self._fill()
+
+    def closed_from(self, trajectory: int) -> int:
+        """Index of a completion's first closed state; its number of segments when none is."""
+        return self._searches[trajectory].closed
+
+    def _begin(self) -> None:
+        self._costs = self._tree.remaining_tokens()
+        self._weights = self._tree.weights()
+        group = range(self._tree.group_size)
+        self._left = self._config.token_budget * sum(self._tree.tokens(trajectory) for trajectory in group)
+        for trajectory in group:
+            path, outcome = self._tree.path(trajectory), self._evidence.outcome(trajectory)
+            closes = outcome in self._config.reward_range and self._config.max_bias > 0
+            self._searches.append(
+                _Search(
+                    path=path,
+                    outcome=outcome,
+                    needed=samples_to_close(self._config.max_bias, len(path)) if closes else 0,
+                    open=-1,
+                    # What was not graded does not train: none of its states needs a value for its sake.
+                    closed=0 if outcome is None else len(path),
+                )
+            )
+
+    def _tests(self) -> dict[int, int]:
+        """Move every search as far as the evidence goes; the samples that the next tests lack."""
+        lacking: dict[int, int] = {}
+        for trajectory, search in enumerate(self._searches):
+            while not search.done:
+                index = self._next_test(trajectory)
+                state = search.path[index]
+                self._tested[state] = max(search.needed, self._tested.get(state, 0))
+                lacks = self._lacks(trajectory, state)
+                if lacks is None:
+                    search.open = index
+                elif lacks == 0:
+                    search.closed = index
+                else:
+                    lacking[state] = max(lacks, lacking.get(state, 0))
+                    break
+        return lacking
+
+    def _lacks(self, trajectory: int, state: int) -> int | None:
+        """Samples that the test of a state lacks for this completion; None when one speaks against its reward already."""
+        search = self._searches[trajectory]
+        rewards = self._evidence.of(state, without=trajectory)
+        if any(reward != search.outcome for reward in rewards):
+            return None
+        return max(search.needed - len(rewards), 0)
+
+    def _next_test(self, trajectory: int) -> int:
+        """Index of the state to test: the prompt's, then the one whose test says most per token."""
+        search = self._searches[trajectory]
+        if search.open < 0:
+            return ROOT
+        return max(range(search.open + 1, search.closed), key=lambda index: self._worth(trajectory, index))
+
+    def _worth(self, trajectory: int, index: int) -> float:
+        """Expected information per token of a test, shared by all completions that ask for it.
+
+        Each segment is taken to settle the matter with the same probability; the group's rewards tell which: with a share
+        f of rewards like this one, a chain of n segments goes on being open with (1 - f)^(1/n) at each.
+        """
+        search = self._searches[trajectory]
+        alike = sum(other.outcome == search.outcome for other in self._searches) / len(self._searches)
+        survival = max(1 - alike, _LEAST_SURVIVAL) ** (1 / len(search.path))
+        before, here, after = (survival**k for k in (search.open, index, search.closed))
+        share = (before - here) / (before - after)
+        information = -share * math.log(share) - (1 - share) * math.log(1 - share)
+        state = search.path[index]
+        askers = sum(not self._searches[other].done for other in self._tree.passing(state))
+        tokens = (self._lacks(trajectory, state) or 0) * self._costs[state] / askers
+        return information / (tokens + 1e-6)
+
+    def _fill(self) -> dict[int, int]:
+        """Fresh continuations of all states that are not closed, as many as the budget allows."""
+        states = {state for search in self._searches for state in search.path[: search.closed]}
+        wanted = self._wanted(states)
+        plan: dict[int, int] = {}
+        for scale in _SCALES:
+            plan = self._missing(states, {state: scale * count for state, count in wanted.items()})
+            if self._cost(plan) <= self._left:
+                break
+        return self._affordable(plan)
+
+    def _wanted(self, states: Iterable[int]) -> dict[int, float]:
+        """K_s: num_continuations on average, in proportion to sqrt(w v / c)."""
+        shares = {
+            state: math.sqrt(self._weights[state] * self._variance(state) / max(self._costs[state], 1.0))
+            for state in states
+        }
+        mean = math.fsum(shares.values()) / max(len(shares), 1)
+        return {
+            state: self._config.num_continuations * min(share / mean, _MOST_OVER_MEAN)
+            for state, share in shares.items()
+        }
+
+    def _variance(self, state: int) -> float:
+        """Of the reward from a state as its neighbours' samples tell it, with one at each end of the range added."""
+        rewards = [*self._config.reward_range, *self._evidence.of_neighbours(state)]
+        mean = math.fsum(rewards) / len(rewards)
+        return math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards)
+
+    def _missing(self, states: Iterable[int], wanted: Mapping[int, float] | None = None) -> dict[int, int]:
+        """Fresh continuations that bring each state to its number (default K); earlier states first: they help later ones."""
+        plan: dict[int, int] = {}
+        for state in sorted(states, key=lambda state: (self._tree.states[state].boundary, state)):
+            target = self._config.num_continuations if wanted is None else wanted[state]
+            # A tested state gets the test's number in any case: how many it got must not tell what they were.
+            target = max(target, self._tested.get(state, 0))
+            has, expected = self._usable(state), self._expected(state, plan)
+            fresh = max(round(target - has - expected), 0 if has else 1)
+            if fresh:
+                plan[state] = fresh
+        return plan
+
+    def _usable(self, state: int) -> int:
+        """Samples for the value that a completion sees at a state on its way: its own, if pooled, left out."""
+        samples = len(self._evidence.of(state, pool=self._config.pool))
+        return max(samples - 1, 0) if self._config.pool else samples
+
+    def _expected(self, state: int, plan: Mapping[int, int]) -> float:
+        """Planned continuations of earlier states that are likely to pass through a state."""
+        if not self._config.pool:
+            return 0.0
+        states = self._tree.states
+        return math.fsum(
+            plan.get(ancestor, 0) * math.exp(min(states[state].reach - states[ancestor].reach, 0.0))
+            for ancestor in self._tree.ancestors(state)
+        )
+
+    def _cost(self, plan: Mapping[int, int]) -> float:
+        return math.fsum(count * self._costs[state] for state, count in plan.items())
+
+    def _affordable(self, plan: Mapping[int, int]) -> dict[int, int]:
+        """As much of a plan, in its order, as the budget pays; it is taken off the budget."""
+        paid: dict[int, int] = {}
+        for state, count in plan.items():
+            cost = max(self._costs[state], 1.0)
+            affordable = min(count, int(self._left / cost))
+            if affordable > 0:
+                paid[state] = affordable
+                self._left -= affordable * cost
+        return paid
+
+    def _check_range(self) -> None:
+        low, high = self._config.reward_range
+        for reward in self._evidence.rewards:
+            if not low <= reward <= high:
+                raise RunError(
+                    f"values.reward_range: a reward of {reward:g} lies outside of [{low:g}, {high:g}]; set it to the "
+                    "smallest and the largest reward there can be"
+                )

@@ -1,0 +1,86 @@
+"""An orchestrator on fakes, with everything it touches in reach."""
+
+import asyncio
+
+from ray_rl.config import RunConfig, resolve_config
+from ray_rl.orchestrator import Orchestrator
+from ray_rl.prompt_stream import PromptStream
+from ray_rl.run_report import RunReport
+from ray_rl.run_state import RunFolder, RunState
+from tests.fakes import FakeLearner, FakePool, problem, prompt
+
+
+class Sink:
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, step, metrics) -> None:
+        self.logged.append((step, dict(metrics)))
+
+    def close(self) -> None: ...
+
+
+class Screen:
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def phase(self, text) -> None: ...
+
+    def step(self, step, metrics) -> None: ...
+
+    def evaluation(self, step, metrics) -> None: ...
+
+    def warn(self, text) -> None:
+        self.warnings.append(text)
+
+
+class Run:
+    """An orchestrator on fakes, with everything it touches in reach."""
+
+    def __init__(self, folder: RunFolder, config: RunConfig, pool: FakePool | None = None) -> None:
+        self.pool = pool or FakePool()
+        self.learner = FakeLearner()
+        self.sink = Sink()
+        self.screen = Screen()
+        self.folder = folder
+        self.recorded: list[int] = []
+        self.recorded_groups: list[list[int]] = []
+        self.stop_at: int | None = None
+        problems = [problem(f"p{index}") for index in range(10)]
+        self.stream = PromptStream(problems, lambda row, *, position: prompt(position), seed=config.seed, shuffle=True)
+        self.report = RunReport(name="test", folder=str(folder.path))
+        self.orchestrator = Orchestrator(
+            config,
+            pool=self.pool,
+            learner=self.learner,
+            stream=self.stream,
+            evaluation_prompts=[prompt(-1)],
+            folder=folder,
+            sink=self.sink,
+            record=self._record,
+            progress=self.screen,
+            report=self.report,
+        )
+
+    async def _record(self, step, groups) -> None:
+        self.recorded.append(step)
+        self.recorded_groups.append([group.prompt.position for group in groups])
+        if step == self.stop_at:
+            self.orchestrator.request_stop()
+
+    @property
+    def steps(self) -> list[dict[str, float]]:
+        """Metrics of the training steps, in order."""
+        return [metrics for _, metrics in self.sink.logged if "timing/step" in metrics]
+
+    def go(self, start: RunState | None = None) -> "Run":
+        async def main() -> None:
+            await asyncio.wait_for(self.orchestrator.run(start or RunState.new(0)), 10)
+
+        asyncio.run(main())
+        return self
+
+
+def config_of(**training) -> RunConfig:
+    training = {"steps": 3, "prompts_per_step": 4} | training
+    return resolve_config({"training": training, "evaluation": {"problems": 1}})
