@@ -21,7 +21,7 @@ expected error is p (1 - p) (1 - (1 - (1 - p)^n)^tests); `false_agreement` is it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -30,7 +30,7 @@ from actors.state_tree import ROOT, StateTree
 from ray_rl.config.values import AdaptiveValues
 from ray_rl.errors import RunError
 
-_MOST_OVER_MEAN = 3.0
+_MOST_OVER_K = 3.0
 """No state is to get more than so many times K."""
 _SCALES = tuple(0.9**step for step in range(40))
 """By which the wanted numbers of samples are lowered, one after the other, until they fit the budget."""
@@ -43,17 +43,22 @@ def false_agreement(samples: int, tests: int) -> float:
     return max(p * (1 - p) * (1 - (1 - (1 - p) ** samples) ** tests) for p in grid)
 
 
-@lru_cache
-def samples_to_close(max_bias: float, segments: int) -> int:
-    """The fewest agreeing samples that keep the bias of a completion with so many segments within `max_bias`.
+def count_tests(closing: str, segments: int) -> int:
+    """Tests that a completion undergoes: of the prompt's state, then as many as a bisection of the others takes."""
+    return 1 if closing == "groups" else 1 + math.ceil(math.log2(max(segments, 1)))
 
-    The prompt's state is tested, then as many as a bisection of the others takes.
-    """
-    tests = 1 + math.ceil(math.log2(max(segments, 1)))
+
+@lru_cache
+def samples_to_close(max_bias: float, tests: int) -> int:
+    """The fewest agreeing samples that keep the bias of a completion that undergoes so many tests within `max_bias`."""
     samples = 1
     while false_agreement(samples, tests) > max_bias:
         samples += 1
     return samples
+
+
+def _scaled(wanted: Mapping[int, float], scale: float) -> dict[int, float]:
+    return {state: scale * count for state, count in wanted.items()}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,6 +71,8 @@ class _Search:
     """Its reward; None if it could not be graded."""
     needed: int
     """Samples that close a state; 0: none can."""
+    tested: int
+    """Only this many of the first states may be tested."""
     open: int
     """Index of the last state known to be open; -1: none."""
     closed: int
@@ -74,7 +81,7 @@ class _Search:
     @property
     def done(self) -> bool:
         """Whether no test is left."""
-        return not self.needed or self.open + 1 >= self.closed
+        return not self.needed or self.open + 1 >= min(self.closed, self.tested)
 
 
 class AdaptiveEstimator:
@@ -116,18 +123,23 @@ class AdaptiveEstimator:
         return self._searches[trajectory].closed
 
     def _begin(self) -> None:
-        self._costs = self._tree.remaining_tokens()
-        self._weights = self._tree.weights()
         group = range(self._tree.group_size)
-        self._left = self._config.token_budget * sum(self._tree.tokens(trajectory) for trajectory in group)
+        tokens = sum(self._tree.tokens(trajectory) for trajectory in group)
+        self._length = tokens / len(group)
+        self._segment = tokens / sum(len(self._tree.path(trajectory)) for trajectory in group)
+        self._costs = self._tree.remaining_tokens()
+        self._weights = self._tree.weights(self._segment, backed_up=self._config.pooling == "backup")
+        self._left = self._config.token_budget * tokens
         for trajectory in group:
             path, outcome = self._tree.path(trajectory), self._evidence.outcome(trajectory)
             closes = outcome in self._config.reward_range and self._config.max_bias > 0
+            tests = count_tests(self._config.closing, len(path))
             self._searches.append(
                 _Search(
                     path=path,
                     outcome=outcome,
-                    needed=samples_to_close(self._config.max_bias, len(path)) if closes else 0,
+                    needed=samples_to_close(self._config.max_bias, tests) if closes else 0,
+                    tested=1 if self._config.closing == "groups" else len(path),
                     open=-1,
                     # What was not graded does not train: none of its states needs a value for its sake.
                     closed=0 if outcome is None else len(path),
@@ -187,25 +199,32 @@ class AdaptiveEstimator:
     def _fill(self) -> dict[int, int]:
         """Fresh continuations of all states that are not closed, as many as the budget allows."""
         states = {state for search in self._searches for state in search.path[: search.closed]}
-        wanted = self._wanted(states)
-        plan: dict[int, int] = {}
-        for scale in _SCALES:
-            plan = self._missing(states, {state: scale * count for state, count in wanted.items()})
-            if self._cost(plan) <= self._left:
-                break
-        return self._affordable(plan)
+        most = self._wanted(states, lambda _: self._largest_variance())
+        # What the budget allows is told by the most that could be wanted: no reward has a say in it.
+        scale = next((s for s in _SCALES if self._cost(self._missing(states, _scaled(most, s))) <= self._left), 0.0)
+        return self._affordable(self._missing(states, _scaled(self._wanted(states, self._variance), scale)))
 
-    def _wanted(self, states: Iterable[int]) -> dict[int, float]:
-        """K_s: num_continuations on average, in proportion to sqrt(w v / c)."""
-        shares = {
-            state: math.sqrt(self._weights[state] * self._variance(state) / max(self._costs[state], 1.0))
-            for state in states
-        }
-        mean = math.fsum(shares.values()) / max(len(shares), 1)
-        return {
-            state: self._config.num_continuations * min(share / mean, _MOST_OVER_MEAN)
-            for state, share in shares.items()
-        }
+    def _wanted(self, states: Iterable[int], variance: Callable[[int], float]) -> dict[int, float]:
+        """K_s = K sqrt(w l v / c), each measured by that of an open state halfway along one completion."""
+        wanted = {}
+        for state in states:
+            importance = self._weights[state] / (2 * self._segment) * self._leaving(state)
+            importance *= variance(state) / self._largest_variance()
+            importance *= 0.5 * self._length / max(self._costs[state], 1.0)
+            wanted[state] = self._config.num_continuations * min(math.sqrt(importance), _MOST_OVER_K)
+        return wanted
+
+    def _largest_variance(self) -> float:
+        low, high = self._config.reward_range
+        return (high - low) ** 2 / 4
+
+    def _leaving(self, state: int) -> float:
+        """Probability of what only chance tells about a state: all, unless the tree backs its value up.
+
+        Where several completions pass, how they go on is a sample of the state's value, which must not choose their number.
+        """
+        backed_up = self._config.pooling == "backup" and len(self._tree.passing(state)) == 1
+        return self._tree.leaving(state) if backed_up else 1.0
 
     def _variance(self, state: int) -> float:
         """Of the reward from a state as its neighbours' samples tell it, with one at each end of the range added."""
@@ -221,19 +240,22 @@ class AdaptiveEstimator:
             # A tested state gets the test's number in any case: how many it got must not tell what they were.
             target = max(target, self._tested.get(state, 0))
             has, expected = self._usable(state), self._expected(state, plan)
-            fresh = max(round(target - has - expected), 0 if has else 1)
+            # A state that no sample speaks for has no value, unless the policy is sure to follow the completion there.
+            least = 0 if has or self._leaving(state) <= self._config.certain else 1
+            fresh = max(round(target - has - expected), least)
             if fresh:
                 plan[state] = fresh
         return plan
 
     def _usable(self, state: int) -> int:
         """Samples for the value that a completion sees at a state on its way: its own, if pooled, left out."""
-        samples = len(self._evidence.of(state, pool=self._config.pool))
-        return max(samples - 1, 0) if self._config.pool else samples
+        pools = self._config.pooling != "none"
+        samples = len(self._evidence.of(state, pool=pools))
+        return max(samples - 1, 0) if pools else samples
 
     def _expected(self, state: int, plan: Mapping[int, int]) -> float:
         """Planned continuations of earlier states that are likely to pass through a state."""
-        if not self._config.pool:
+        if self._config.pooling == "none":
             return 0.0
         states = self._tree.states
         return math.fsum(
@@ -257,9 +279,9 @@ class AdaptiveEstimator:
 
     def _check_range(self) -> None:
         low, high = self._config.reward_range
-        for reward in self._evidence.rewards:
-            if not low <= reward <= high:
+        for sample in self._evidence.samples:
+            if not low <= sample.reward <= high:
                 raise RunError(
-                    f"values.reward_range: a reward of {reward:g} lies outside of [{low:g}, {high:g}]; set it to the "
+                    f"values.reward_range: a reward of {sample.reward:g} lies outside of [{low:g}, {high:g}]; set it to the "
                     "smallest and the largest reward there can be"
                 )

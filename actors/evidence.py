@@ -4,9 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from actors.state_tree import StateTree
 from ray_rl.types import Reward, StateValue
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A graded completion or continuation."""
+
+    reward: float
+    path: tuple[int, ...]
+    """The states it passes through, the one it starts from first."""
+    tail: tuple[int, ...]
+    """Its tokens after the last of them."""
+    trajectory: int | None
+    """The completion that it is; None for a continuation."""
+
+    def after(self, state: int) -> int | None:
+        """The state that it passes through next after one of its states; None if it ends before another."""
+        following = self.path.index(state) + 1
+        return self.path[following] if following < len(self.path) else None
 
 
 class Evidence:
@@ -19,7 +38,7 @@ class Evidence:
     def __init__(self, tree: StateTree) -> None:
         """Of the states of a tree, also those that it will get."""
         self._tree = tree
-        self.rewards: list[float] = []
+        self.samples: list[Sample] = []
         """All samples of the group, in the order in which they came."""
         self._started: dict[int, list[int]] = {}
         self._passing: dict[int, list[int]] = {}
@@ -28,19 +47,27 @@ class Evidence:
     def add_trajectory(self, trajectory: int, reward: Reward) -> None:
         """A completion of the group, which is in the tree already."""
         if reward.failure is None:
-            sample = self._new_sample(reward)
-            self._trajectory[trajectory] = sample
+            self._trajectory[trajectory] = len(self.samples)
             for state in self._tree.path(trajectory):
-                self._passing.setdefault(state, []).append(sample)
+                self._passing.setdefault(state, []).append(len(self.samples))
+            path, tail = tuple(self._tree.path(trajectory)), self._tree.tail(trajectory)
+            self.samples.append(Sample(reward=reward.value, path=path, tail=tail, trajectory=trajectory))
 
     def add_continuation(self, state: int, token_ids: Sequence[int], reward: Reward) -> None:
         """A continuation of a state."""
         if reward.failure is None:
-            sample = self._new_sample(reward)
-            self._started.setdefault(state, []).append(sample)
-            for passed in self._tree.passed(state, token_ids):
-                if passed != state:
-                    self._passing.setdefault(passed, []).append(sample)
+            path = tuple(self._tree.passed(state, token_ids))
+            self._started.setdefault(state, []).append(len(self.samples))
+            for passed in path[1:]:
+                self._passing.setdefault(passed, []).append(len(self.samples))
+            passed_tokens = self._tree.states[path[-1]].boundary - self._tree.states[state].boundary
+            tail = tuple(token_ids[passed_tokens:])
+            self.samples.append(Sample(reward=reward.value, path=path, tail=tail, trajectory=None))
+
+    def samples_of(self, state: int, *, without: int | None = None) -> list[Sample]:
+        """What speaks for a state: what starts there and what passes through; all but one completion's own."""
+        own = self._own(without)
+        return [self.samples[sample] for sample in self._samples(state, pool=True) if sample != own]
 
     def of(self, state: int, *, pool: bool = True, without: int | None = None) -> list[float]:
         """The rewards that speak for a state.
@@ -50,20 +77,21 @@ class Evidence:
             pool: also what passes through, not only what starts there.
             without: a completion that is left out, since its own reward says nothing about where it came from.
         """
-        own = None if without is None else self._trajectory.get(without)
-        return [self.rewards[sample] for sample in self._samples(state, pool) if sample != own]
+        own = self._own(without)
+        return [self.samples[sample].reward for sample in self._samples(state, pool) if sample != own]
 
     def of_neighbours(self, state: int) -> list[float]:
         """The rewards that speak for the states next to a state, without those that speak for itself."""
         parent = self._tree.states[state].parent
         near = [*self._tree.children(state), *([parent] if parent >= 0 else [])]
         samples = {sample for neighbour in near for sample in self._samples(neighbour, pool=True)}
-        return [self.rewards[sample] for sample in sorted(samples.difference(self._samples(state, pool=True)))]
+        others = sorted(samples.difference(self._samples(state, pool=True)))
+        return [self.samples[sample].reward for sample in others]
 
     def outcome(self, trajectory: int) -> float | None:
         """The reward of a completion; None if it could not be graded."""
         sample = self._trajectory.get(trajectory)
-        return None if sample is None else self.rewards[sample]
+        return None if sample is None else self.samples[sample].reward
 
     def baseline(self, state: int, reward: Reward, *, pool: bool) -> float:
         """A state's value without one continuation that started there; nan where nothing else speaks for it."""
@@ -76,9 +104,8 @@ class Evidence:
     def _samples(self, state: int, pool: bool) -> list[int]:
         return [*self._started.get(state, ()), *(self._passing.get(state, ()) if pool else ())]
 
-    def _new_sample(self, reward: Reward) -> int:
-        self.rewards.append(reward.value)
-        return len(self.rewards) - 1
+    def _own(self, trajectory: int | None) -> int | None:
+        return None if trajectory is None else self._trajectory.get(trajectory)
 
 
 def state_value(boundary: int, rewards: Sequence[float]) -> StateValue:
@@ -90,7 +117,12 @@ def state_value(boundary: int, rewards: Sequence[float]) -> StateValue:
     if count == 0:
         return StateValue(boundary=boundary, mean=math.nan, stderr=math.inf, count=0)
     mean = math.fsum(rewards) / count
-    if count == 1:
-        return StateValue(boundary=boundary, mean=mean, stderr=math.inf, count=1)
-    variance = math.fsum((reward - mean) ** 2 for reward in rewards) / (count - 1)
-    return StateValue(boundary=boundary, mean=mean, stderr=math.sqrt(variance / count), count=count)
+    return StateValue(boundary=boundary, mean=mean, stderr=math.sqrt(sample_variance(rewards) / count), count=count)
+
+
+def sample_variance(rewards: Sequence[float]) -> float:
+    """Unbiased variance; infinite with fewer than two rewards."""
+    if len(rewards) < 2:
+        return math.inf
+    mean = math.fsum(rewards) / len(rewards)
+    return math.fsum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1)

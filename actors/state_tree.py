@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 ROOT = 0
 """The state of the prompt."""
@@ -31,6 +33,8 @@ class _Path:
 
     states: list[int] = field(default_factory=list)
     boundaries: Sequence[int] = (0,)
+    segment_logprobs: list[float] = field(default_factory=list)
+    tail: tuple[int, ...] = ()
 
 
 class StateTree:
@@ -64,10 +68,12 @@ class StateTree:
         first_new = len(self.states)
         path = self._paths[trajectory]
         path.boundaries = boundaries
+        path.segment_logprobs = [math.fsum(logprobs[start:end]) for start, end in pairwise(boundaries)]
+        path.tail = tuple(token_ids[boundaries[-2] :]) if len(boundaries) > 1 else ()
         reach, parent = 0.0, -1
-        for start, boundary in zip((0, *boundaries), boundaries[:-1], strict=False):
-            reach += sum(logprobs[start:boundary])
+        for boundary, of_segment in zip(boundaries, path.segment_logprobs, strict=False):
             parent = self._enter(trajectory, tuple(token_ids[:boundary]), parent, reach)
+            reach += of_segment
             path.states.append(parent)
             self._passing[parent].append(trajectory)
         return list(range(first_new, len(self.states)))
@@ -75,6 +81,14 @@ class StateTree:
     def path(self, trajectory: int) -> list[int]:
         """[n] the states at which the segments of a completion start."""
         return self._paths[trajectory].states
+
+    def segment_logprobs(self, trajectory: int) -> list[float]:
+        """[n] of a completion's segments, each given all before it, under the policy that sampled them."""
+        return self._paths[trajectory].segment_logprobs
+
+    def tail(self, trajectory: int) -> tuple[int, ...]:
+        """The tokens of a completion's last segment."""
+        return self._paths[trajectory].tail
 
     @property
     def group_size(self) -> int:
@@ -108,14 +122,36 @@ class StateTree:
             if tuple(token_ids[: len(segment)]) == segment:
                 yield from self.passed(child, token_ids[len(segment) :])
 
-    def weights(self) -> list[int]:
-        """Tokens whose advantage each state's value enters: of the segments that it ends and that it starts."""
-        weights = [0] * len(self.states)
+    def weights(self, segment: float, *, backed_up: bool = False) -> list[float]:
+        """Tokens whose advantage an error of each state's value enters, by its square.
+
+        By itself a value enters the segment that it ends and the one that it starts. Backed up (`actors.backup`), an error
+        at state j goes on to those before it, P_k of it at each; the advantage of segment k < j, the difference of two
+        values, then has (1 - P_k) P_{k+1} .. P_{j-1} of it.
+
+        Args:
+            segment: length that the segments which states start are taken to have. How completions go on from a state
+                tells about its value, so it must have no say in the state's weight.
+            backed_up: whether values are.
+        """
+        weights = [0.0] * len(self.states)
         for path in self._paths:
-            lengths = [end - start for start, end in zip(path.boundaries, path.boundaries[1:], strict=False)]
-            for state, before, after in zip(path.states, [0, *lengths], lengths, strict=False):
-                weights[state] += before + after
+            carried = 0.0
+            for state, (start, end), logprob in zip(
+                path.states, pairwise(path.boundaries), path.segment_logprobs, strict=True
+            ):
+                follows = math.exp(min(logprob, 0.0)) if backed_up else 0.0
+                weights[state] += segment + carried
+                carried = carried * follows**2 + (end - start) * (1 - follows) ** 2
         return weights
+
+    def leaving(self, state: int) -> float:
+        """Probability that the policy leaves a completion there, mean over the group's that pass through the state."""
+        leaves = []
+        for trajectory in self._passing[state]:
+            path = self._paths[trajectory]
+            leaves.append(-math.expm1(min(path.segment_logprobs[path.states.index(state)], 0.0)))
+        return math.fsum(leaves) / len(leaves) if leaves else 1.0
 
     def remaining_tokens(self) -> list[float]:
         """Tokens after each state, mean over the completions that pass through it; what a continuation may cost."""

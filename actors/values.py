@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Protocol
 
 from actors.adaptive import AdaptiveEstimator
+from actors.backup import Backup
 from actors.evidence import Evidence, state_value
 from actors.state_tree import StateTree
 from ray_rl.config.values import AdaptiveValues, FixedValues
@@ -59,7 +61,8 @@ class Valuation:
 
     def __init__(self, config: FixedValues | AdaptiveValues, group_size: int) -> None:
         """Before anything is sampled."""
-        self._pool = config.pool
+        self._config = config
+        self._pool = config.pooling != "none"
         self.tree = StateTree(group_size)
         self._evidence = Evidence(self.tree)
         self._estimator = ESTIMATORS[config.kind](config, self.tree, self._evidence)
@@ -101,15 +104,26 @@ class Valuation:
         """[n] of the states at which a completion's segments start; after the last round."""
         path, closed = self.tree.path(trajectory), self._estimator.closed_from(trajectory)
         showed = len(self._evidence.of(path[closed], without=trajectory)) if closed < len(path) else 0
-        sampled = [
-            state_value(boundary, self._evidence.of(state, pool=self._pool, without=trajectory))
-            for boundary, state in zip(boundaries, path[:closed], strict=False)
-        ]
         closed_values = [
             StateValue(boundary=boundary, mean=reward.value, stderr=0.0, count=showed, closed=True)
             for boundary in boundaries[closed : len(path)]
         ]
-        return (*sampled, *closed_values)
+        return (*self._sampled(trajectory, boundaries[:closed]), *closed_values)
+
+    def _sampled(self, trajectory: int, boundaries: Sequence[int]) -> list[StateValue]:
+        """Of a completion's first states, those that are not closed."""
+        if self._config.pooling == "backup":
+            return self._backup.values(trajectory, boundaries)
+        return [
+            state_value(boundary, self._evidence.of(state, pool=self._pool, without=trajectory))
+            for boundary, state in zip(boundaries, self.tree.path(trajectory), strict=False)
+        ]
+
+    @cached_property
+    def _backup(self) -> Backup:
+        """Made once all evidence is in."""
+        certain = self._config.certain if isinstance(self._config, AdaptiveValues) else 0.0
+        return Backup(self.tree, self._evidence, certain=certain)
 
     def continuations(self) -> tuple[Continuation, ...]:
         """All of them, each with the value of its state as the others tell it."""

@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from benchmarks.learn.case import LEARN
 from benchmarks.rollout import ROLLOUT
 from benchmarks.step import STEP
 from benchmarks.suite import Case, Options, machine, show, to_json
 
-CASES: dict[str, Case] = {case.name: case for case in (ROLLOUT, STEP)}
+CASES: dict[str, Case] = {case.name: case for case in (ROLLOUT, STEP, LEARN)}
 
 _EPILOG = "Cases: " + "; ".join(f"{case.name} ({case.about})" for case in CASES.values())
 
@@ -23,6 +24,9 @@ def run(
     json_file: Annotated[Path | None, typer.Option("--json", help="write every number here")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="paired repetitions; medians are reported")] = 5,
     quick: Annotated[bool, typer.Option("--quick", help="a reduced form of each case")] = False,
+    work: Annotated[Path, typer.Option(help="where pictures go, and what a stopped case goes on from")] = Path(
+        "runs/bench"
+    ),
 ) -> None:
     """Run the benchmark suite."""
     console = Console()
@@ -31,9 +35,10 @@ def run(
     if unknown:
         typer.echo(f"error: {', '.join(unknown)}: no such case; there are {', '.join(CASES)}", err=True)
         sys.exit(2)
+    work.mkdir(parents=True, exist_ok=True)
     results = {}
     for name in chosen:
-        results[name] = CASES[name].run(Options(repeats=repeats, quick=quick))
+        results[name] = CASES[name].run(Options(repeats=repeats, quick=quick, work=work))
         show(console, CASES[name], results[name])
         if json_file:
             to_json(json_file, results)

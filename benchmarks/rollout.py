@@ -40,7 +40,7 @@ async def _paired(options: Options) -> dict[str, list[float]]:
     from ray_rl.launch import model_source
     from ray_rl.tokenizer import load_tokenizer
 
-    config, prompts = _requests(options)
+    config, prompts = _requests(options.quick)
     model = model_source(config)
     os.environ.update(engine_environment(config))
     ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20)
@@ -65,14 +65,14 @@ async def _paired(options: Options) -> dict[str, list[float]]:
         ray.shutdown()
 
 
-def _requests(options: Options) -> tuple[Any, list[Any]]:
+def _requests(quick: bool) -> tuple[Any, list[Any]]:
     """The recipe's configuration and the prompts of one of its steps."""
     from ray_rl.config import load_config
     from ray_rl.launch import Prepared
 
     config = load_config(_RECIPE, ["evaluation.problems=1"])
     stream = Prepared(config).stream
-    return config, [stream.next() for _ in range(8 if options.quick else config.training.prompts_per_step)]
+    return config, [stream.next() for _ in range(8 if quick else config.training.prompts_per_step)]
 
 
 async def _rate(generate: Any) -> float:
@@ -133,7 +133,7 @@ def _measure_in_process(repeats: int, quick: bool) -> None:
     from ray_rl.launch import model_source
     from ray_rl.tokenizer import load_tokenizer
 
-    config, prompts = _requests(Options(repeats=repeats, quick=quick))
+    config, prompts = _requests(quick)
     os.environ.update(engine_environment(config))
     model = model_source(config)
     llm = LLM(**engine_args(config, model, seed=1))

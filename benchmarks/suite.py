@@ -24,6 +24,8 @@ class Options:
     """Paired repetitions; medians are reported."""
     quick: bool
     """A reduced form, for a first look."""
+    work: Path
+    """Folder for pictures, and for what a case that was stopped goes on from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

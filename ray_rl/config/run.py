@@ -122,15 +122,16 @@ class RunConfig(Section):
             yield from self._adaptive_faults(self.values)
 
     def _pool_faults(self, values: FixedValues | AdaptiveValues) -> Iterator[str]:
-        if values.pool and self.rollout.top_p < 1:
+        pools = values.pooling != "none"
+        if pools and self.rollout.top_p < 1:
             yield (
-                f"values.pool: counts samples by the policy's own probabilities, and rollout.top_p = {self.rollout.top_p:g} "
-                "samples from others; use rollout.top_p=1 or values.pool=false"
+                f"values.pooling: {values.pooling} counts samples by the policy's own probabilities, and rollout.top_p = "
+                f"{self.rollout.top_p:g} samples from others; use rollout.top_p=1 or values.pooling=none"
             )
-        if values.train_on_continuations and values.num_continuations < 2 and not values.pool:
+        if values.train_on_continuations and values.num_continuations < 2 and not pools:
             yield (
                 "values.train_on_continuations: with one continuation per state there is no other to compare it with; "
-                "use values.num_continuations=2 or more, or values.pool=true"
+                "use values.num_continuations=2 or more, or values.pooling=passing"
             )
 
     def _adaptive_faults(self, values: AdaptiveValues) -> Iterator[str]:

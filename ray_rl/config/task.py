@@ -40,6 +40,8 @@ class ReasoningGymTaskConfig(Section):
     eval_size: int = Field(256, ge=1)
     seed: int = 0
     """Training problems use this seed. Held-out ones use another, and any that occurs in training is left out."""
+    prompt_prefix: str = ""
+    """Put before every question, for instance worked examples."""
     prompt_suffix: str = ""
     """Appended to every question, for instance how to mark the answer."""
 

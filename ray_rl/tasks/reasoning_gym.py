@@ -108,7 +108,7 @@ class ReasoningGymTask:
         config = self._config
         return Problem(
             problem_id=problem_id,
-            prompt=entry["question"] + config.prompt_suffix,
+            prompt=config.prompt_prefix + entry["question"] + config.prompt_suffix,
             answer=str(entry["answer"]),
             metadata={"entry": dict(entry), "dataset": config.dataset, "options": dict(config.options)},
         )

@@ -91,8 +91,11 @@ def test_fixed_values_wait_for_no_other_completion_of_the_group():
     assert len(collect(vineppo(), OneIsSlow()).trajectories) == 2
 
 
+ADAPTIVE = {"kind": "adaptive", "pooling": "passing"}
+
+
 def test_adaptive_values_continue_nothing_when_the_group_is_decided_and_open_states_when_it_is_not():
-    config = resolve_config({"rollout": {"group_size": 8, "max_tokens": 8}, "values": {"kind": "adaptive"}})
+    config = resolve_config({"rollout": {"group_size": 8, "max_tokens": 8}, "values": ADAPTIVE})
     decided = Engine({PROMPT: [completion(WRONG)]})
     group = collect(config, decided)
     assert len(decided.asked) == 8

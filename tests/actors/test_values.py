@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.adaptive import AdaptiveEstimator, false_agreement, samples_to_close
+from actors.adaptive import AdaptiveEstimator, count_tests, false_agreement, samples_to_close
 from actors.evidence import Evidence, state_value
 from actors.state_tree import ROOT, StateTree
 from actors.values import Valuation
@@ -43,9 +43,13 @@ class TestTree:
         tree = tree_of((1, 2, 3, 4), cuts=[(0, 1, 3, 4)])
         assert [state.reach for state in tree.states] == pytest.approx([0, math.log(0.5), 3 * math.log(0.5)])
 
-    def test_weight_counts_the_tokens_of_both_segments_on_every_completion(self):
+    def test_weight_counts_the_segment_that_a_state_ends_and_an_average_one_that_it_starts(self):
         tree = tree_of((1, 2, 3, 4), (1, 2, 5), cuts=[(0, 2, 4), (0, 2, 3)])
-        assert tree.weights() == [2 + 2, (2 + 2) + (2 + 1)]
+        assert tree.weights(1.75) == [2 * 1.75, 2 * (1.75 + 2)]
+
+    def test_weight_of_a_backed_up_value_counts_every_advantage_that_its_error_enters(self):
+        tree = tree_of((1, 2, 3), cuts=[(0, 1, 2, 3)])  # each segment is followed with probability 1/2
+        assert tree.weights(1.0, backed_up=True) == pytest.approx([1, 1 + 0.5**2, 1 + 0.5**2 + (0.5 * 0.5) ** 2])
 
     def test_remaining_tokens_are_those_after_the_state_on_average(self):
         tree = tree_of((1, 2, 3, 4), (1, 2, 5), cuts=[(0, 2, 4), (0, 2, 3)])
@@ -133,12 +137,15 @@ class TestStateValue:
         assert value.stderr == pytest.approx(math.sqrt(p * (1 - p) / (n - 1)))
 
 
+SEARCHING = {"closing": "states", "pooling": "passing", "num_continuations": 4, "token_budget": 50}
+
+
 def adaptive(completions, rewards, **config):
     tree = tree_of(*completions)
     evidence = Evidence(tree)
     for index, reward in enumerate(rewards):
         evidence.add_trajectory(index, reward)
-    return tree, evidence, AdaptiveEstimator(AdaptiveValues(**{"token_budget": 50} | config), tree, evidence)
+    return tree, evidence, AdaptiveEstimator(AdaptiveValues(**SEARCHING | config), tree, evidence)
 
 
 def chain_tokens(wrong_from: int, own: int) -> tuple[int, ...]:
@@ -155,7 +162,8 @@ class TestAdaptive:
 
     def test_the_fewest_samples_that_keep_the_bias_are_taken(self):
         for segments, tests in ((1, 1), (2, 2), (5, 4), (8, 4), (9, 5)):
-            samples = samples_to_close(0.1, segments)
+            assert count_tests("states", segments) == tests
+            samples = samples_to_close(0.1, tests)
             assert false_agreement(samples, tests) <= 0.1 < false_agreement(samples - 1, tests)
 
     @pytest.mark.parametrize("reward", [RIGHT, WRONG])
@@ -167,8 +175,30 @@ class TestAdaptive:
 
     def test_too_few_equal_rewards_are_not_enough(self):
         _, _, estimator = adaptive([chain_tokens(3, 0), chain_tokens(3, 1)], [WRONG, WRONG])
-        needed = samples_to_close(0.15, 8)
+        needed = samples_to_close(0.15, count_tests("states", 8))
         assert estimator.plan() == {ROOT: needed - 1}  # the other completion is a sample already
+
+    def test_groups_are_closed_whole_or_not_at_all(self):
+        completions = [chain_tokens(3, own) for own in range(8)]
+        _, _, decided = adaptive(completions, [WRONG] * 8, closing="groups")
+        assert decided.plan() == {}
+        _, _, open_one = adaptive(completions, [WRONG] * 7 + [RIGHT], closing="groups")
+        assert open_one.plan() != {}
+        assert open_one.plan() == {}  # one round
+        assert [open_one.closed_from(index) for index in range(8)] == [8] * 8
+
+    def test_backed_up_states_that_the_policy_is_sure_to_go_on_from_need_no_samples(self):
+        sure, unsure = math.log(0.999), math.log(0.5)
+        tree = StateTree(2)
+        for index, tokens in enumerate([(1, 2, 3), (4, 5, 6)]):
+            tree.add(index, tokens, (unsure, unsure, sure), (0, 1, 2, 3))
+        evidence = Evidence(tree)
+        evidence.add_trajectory(0, RIGHT)
+        evidence.add_trajectory(1, WRONG)
+        estimator = AdaptiveEstimator(AdaptiveValues(token_budget=50), tree, evidence)
+        asked = estimator.plan()
+        assert not asked.keys() & {tree.path(0)[2], tree.path(1)[2]}
+        assert asked.keys() >= {tree.path(0)[1], tree.path(1)[1]}
 
     def test_with_no_bias_allowed_nothing_is_ever_closed(self):
         tree, _, estimator = adaptive([chain_tokens(3, own) for own in range(8)], [WRONG] * 8, max_bias=0)
@@ -215,7 +245,9 @@ class TestAdaptive:
 
     def test_with_graded_rewards_samples_follow_the_sample_variance(self):
         # Two states alike but for what their children's continuations got: equal rewards there, extreme ones here.
-        tree, evidence, estimator = adaptive([(1, 2, 3), (4, 5, 6)], [Reward(value=0.5)] * 2, pool=False, max_bias=0)
+        tree, evidence, estimator = adaptive(
+            [(1, 2, 3), (4, 5, 6)], [Reward(value=0.5)] * 2, pooling="none", max_bias=0
+        )
         for reward in (0.5, 0.5, 0.5, 0.5, 0.5, 0.5):
             evidence.add_continuation(tree.path(0)[2], (9,), Reward(value=reward))
         for reward in (0.0, 1.0, 0.0, 1.0, 0.0, 1.0):
@@ -237,7 +269,7 @@ class TestValuation:
         assert valuation.rounds == 1
 
     def test_what_came_before_a_state_was_known_counts_for_it(self):
-        valuation = Valuation(FixedValues(num_continuations=1, pool=True), 1)
+        valuation = Valuation(FixedValues(num_continuations=1, pooling="passing"), 1)
         early = Continuation(trajectory=0, boundary=0, completion=completion((1, 2, 7)), reward=RIGHT)
         valuation.add(ROOT, early)
         valuation.tree.add(0, (1, 2, 3), HALF[:3], (0, 1, 2, 3))
@@ -245,8 +277,9 @@ class TestValuation:
         valuation.plan()
         assert [(v.mean, v.count) for v in valuation.values(0, (0, 1, 2, 3), WRONG)] == [(1.0, 1)] * 3
 
-    def test_closed_states_have_the_completions_own_reward(self):
-        group = Chain(n=4, q=0.01).group(AdaptiveValues(), random.Random(0))
+    @pytest.mark.parametrize("closing", ["groups", "states"])
+    def test_closed_states_have_the_completions_own_reward(self, closing):
+        group = Chain(n=4, q=0.01).group(AdaptiveValues(closing=closing), random.Random(0))
         assert all(value.closed and (value.mean, value.stderr) == (0, 0) for value in group.trajectories[0].values)
         assert group.trajectories[0].values[0].count == 7
         assert group.cost.closed_states == group.cost.states

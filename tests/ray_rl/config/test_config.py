@@ -141,7 +141,10 @@ FAULTS = {
         ["values.kind=adaptive", "values.token_budget=0.1"],
         "values.token_budget: 0.1 per token of 8 completions buys less than one continuation of full length; use at least",
     ),
-    "pooling off-policy": (["values.pool=true", "rollout.top_p=0.9"], "values.pool: counts samples by the policy's own"),
+    "pooling off-policy": (
+        ["values.pooling=passing", "rollout.top_p=0.9"],
+        "values.pooling: passing counts samples by the policy's own",
+    ),
     "lone continuation": (
         ["values.train_on_continuations=true", "values.num_continuations=1"],
         "values.train_on_continuations: with one continuation per state there is no other to compare it with",

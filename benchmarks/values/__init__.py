@@ -1,0 +1,1 @@
+"""How well state values are estimated, at which price: `ray-rl bench values`."""
