@@ -1,21 +1,26 @@
 """Continuations only where the outcome is open (pure decisions; the rules and the bound are derived here).
 
-search   A state's value cannot leave the ends of the reward's range: once there, it stays to the end. So each completion
-         whose reward is such an end has a first state from which on that reward is certain, and a search finds it: n samples
-         of a state that all agree with the reward close the state and all after it; one that differs opens the state and
-         all before it. The first state tested is the prompt's, of which the group's other completions are samples: a group
-         whose rewards are all equal costs nothing (or little, if the others are fewer than n). The next is the one
-         whose test says most per token (`_worth`).
-fill     States that are not closed get K samples on average: K_s in proportion to sqrt(w_s v_s / c_s) (Neyman), w_s tokens
-         whose advantage the state enters, c_s tokens that a continuation may cost, v_s the reward's variance. v_s is read
-         from the neighbouring states alone, never from the samples that give the state's own value: that would bias it.
-         What passes through on its way from earlier states is expected from the policy's own probabilities and saves
-         fresh samples. What is open is filled while the search goes on, for it passes through the states still to test.
-values   Closed states have the value of the completion's own reward, the others the mean of their samples.
+close    A state's value cannot leave the ends of the reward's range: once there, it stays to the end. Where n samples of a
+         state all agree with a completion's reward, and that is such an end, the state and all after it are taken for worth
+         it. With `closing: groups` only the prompt's state is tested, by the group's other completions: a group whose
+         rewards are all equal costs nothing. With `states` each completion is searched for the first state from which on
+         its reward is certain: a sample that differs opens the state and all before it, and the next state tested is the
+         one whose test says most per token (`_worth`); what is open is filled meanwhile, for it passes through the others.
+fill     In one round, K_s = K sqrt(w_s l_s v_s / c_s) samples for a state that is not closed (Neyman's allocation; K is for
+         a state of one completion, halfway, with everything open). w_s is the weight of an error of its value, in tokens
+         whose advantage it enters (`StateTree.weights`); l_s the part of the value that chance tells (`_leaving`); v_s the
+         reward's variance, read from the neighbouring states' samples, with one more at each end of the range; c_s
+         what a continuation may cost, in tokens. Samples that are there, and what is likely to pass through on its way
+         from earlier states, by the policy's own probabilities, save fresh ones.
+values   Closed states have the value of the completion's own reward; the others are the mean of their samples, or are
+         backed up over the tree (`actors.backup`).
 
-A mean over a number of samples that does not depend on them is unbiased; what errs is closing. For a chain of states whose
-value is p, a completion that fails (probability 1 - p) and tests that n samples pass by chance with (1 - p)^n each, the
-expected error is p (1 - p) (1 - (1 - (1 - p)^n)^tests); `false_agreement` is its largest value over p.
+A mean over a number of samples is unbiased if neither they nor what follows from them decide the number. So no sample of a
+state has a say in it: neither its rewards nor how a completion that passes goes on from there. (Not quite: a budget that
+binds lowers all numbers by one factor, to which everything contributes a little, and c_s is a mean over such completions.)
+What errs is closing. For a chain of states whose value is p, a completion that fails (probability 1 - p) and tests that n
+samples pass by chance with (1 - p)^n each, the expected error is p (1 - p) (1 - (1 - (1 - p)^n)^tests), for one test of 7
+samples at most .043; `false_agreement` is its largest value over p.
 """
 
 from __future__ import annotations
@@ -126,7 +131,7 @@ class AdaptiveEstimator:
         group = range(self._tree.group_size)
         tokens = sum(self._tree.tokens(trajectory) for trajectory in group)
         self._length = tokens / len(group)
-        self._segment = tokens / sum(len(self._tree.path(trajectory)) for trajectory in group)
+        self._segment = tokens / max(sum(len(self._tree.path(trajectory)) for trajectory in group), 1)
         self._costs = self._tree.remaining_tokens()
         self._weights = self._tree.weights(self._segment, backed_up=self._config.pooling == "backup")
         self._left = self._config.token_budget * tokens

@@ -79,7 +79,7 @@ class Rollout:
                 Trajectory(completion=c, text=self._text(c.token_ids), reward=r, boundaries=_whole(c), values=())
                 for c, r in zip(completions, rewards, strict=True)
             ]
-            return _group(prompt, trajectories, None, started)
+            return _group(prompt, trajectories, None, started=started, block=rollout.block_size)
 
         async def sample(index: int) -> Completion:
             (completion,) = await self._engine.generate(prompt.token_ids, n=1, max_tokens=rollout.max_tokens)
@@ -169,7 +169,7 @@ class Rollout:
             )
             for index, draft in enumerate(done)
         ]
-        return _group(prompt, trajectories, valuation, started)
+        return _group(prompt, trajectories, valuation, started=started, block=self._config.rollout.block_size)
 
     def _start(self, tasks: asyncio.TaskGroup, prompt: Prompt, valuation: Valuation, state: int, count: int) -> None:
         if count:
@@ -217,8 +217,9 @@ async def _plain_errors() -> AsyncIterator[None]:
 
 
 def _group(
-    prompt: Prompt, trajectories: Sequence[Trajectory], valuation: Valuation | None, started: float
+    prompt: Prompt, trajectories: Sequence[Trajectory], valuation: Valuation | None, *, started: float, block: int
 ) -> TrajectoryGroup:
+    """The record of a group; `block` is the number of tokens of a block of the engine's cache."""
     continuations = valuation.continuations() if valuation else ()
     cost = GroupCost(
         primary_tokens=sum(len(trajectory.completion.token_ids) for trajectory in trajectories),
@@ -228,6 +229,7 @@ def _group(
         closed_states=valuation.closed_states() if valuation else 0,
         rounds=valuation.rounds if valuation else 0,
         prefix_tokens=sum(len(prompt.token_ids) + continuation.boundary for continuation in continuations),
+        cacheable_prefix_tokens=sum((len(prompt.token_ids) + c.boundary - 1) // block * block for c in continuations),
         cached_prefix_tokens=sum(continuation.completion.cached_tokens for continuation in continuations),
         seconds=time.monotonic() - started,
     )

@@ -9,12 +9,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from benchmarks.gradient import GRADIENT
 from benchmarks.learn.case import LEARN
 from benchmarks.rollout import ROLLOUT
 from benchmarks.step import STEP
 from benchmarks.suite import Case, Options, machine, show, to_json
+from benchmarks.values.case import VALUES
 
-CASES: dict[str, Case] = {case.name: case for case in (ROLLOUT, STEP, LEARN)}
+CASES: dict[str, Case] = {case.name: case for case in (ROLLOUT, STEP, VALUES, GRADIENT, LEARN)}
 
 _EPILOG = "Cases: " + "; ".join(f"{case.name} ({case.about})" for case in CASES.values())
 

@@ -26,10 +26,18 @@ def fetch(
     if directory.exists():
         typer.echo(f"error: {directory}: exists already; name a new folder", err=True)
         sys.exit(2)
-    with tempfile.TemporaryDirectory() as temporary:
-        gguf = _download(Path(temporary))
-        _convert(gguf, directory)
+    make(directory)
     typer.echo(f"wrote {directory}")
+
+
+def make(directory: Path) -> None:
+    """Write the model to a folder that does not exist yet; whole or not at all."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
+        gguf = _download(Path(temporary))
+        converted = Path(temporary) / "model"
+        _convert(gguf, converted)
+        converted.rename(directory)
 
 
 def _download(folder: Path) -> Path:

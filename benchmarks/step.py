@@ -1,4 +1,4 @@
-"""Time of each phase of a training step of the laptop recipes, and VinePPO's price over GRPO's."""
+"""Time of each phase of a training step of the laptop recipes, and VinePPO's price over GRPO's, adaptive and fixed."""
 
 from __future__ import annotations
 
@@ -6,42 +6,54 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.suite import Case, CaseResult, Options, median
 
 _PHASES = ("timing/rollout", "timing/train", "timing/weight_sync", "timing/step")
-_RECIPES = ("laptop-grpo", "laptop-vineppo")
+_TOKENS = ("tokens/primary", "tokens/continuations")
+_VARIANTS: Mapping[str, tuple[str, Sequence[str]]] = {
+    "laptop-grpo": ("laptop-grpo", ()),
+    "laptop-vineppo": ("laptop-vineppo", ()),
+    "fixed K=3": ("laptop-vineppo", ("values={kind: fixed, num_continuations: 3}",)),
+    "fixed K=9": ("laptop-vineppo", ("values={kind: fixed, num_continuations: 9}",)),
+}
+"""Name -> recipe and overrides; the prompts, the group size and the start are the same for all."""
 
 
 def run(options: Options) -> CaseResult:
-    """Train each recipe for a few steps in a process of its own and take medians over its steps but the first."""
+    """Train each variant for a few steps in a process of its own and take medians over its steps but the first."""
     steps = 1 + (2 if options.quick else options.repeats)
-    measured = {recipe: _steps(recipe, steps) for recipe in _RECIPES}
+    measured = {name: _steps(recipe, overrides, steps) for name, (recipe, overrides) in _VARIANTS.items()}
     medians = {
-        recipe: {phase: median([step[phase] for step in of_recipe]) for phase in (*_PHASES, *_TOKENS)}
-        for recipe, of_recipe in measured.items()
+        name: {phase: median([step[phase] for step in of_variant]) for phase in (*_PHASES, *_TOKENS)}
+        for name, of_variant in measured.items()
     }
     rows = [
         {
-            "recipe": recipe,
-            **{f"{phase.removeprefix('timing/').removeprefix('weight_')} s": of_recipe[phase] for phase in _PHASES},
-            "tokens": round(of_recipe["tokens/primary"]),
-            "continued": round(of_recipe["tokens/continuations"]),
+            "variant": name,
+            **{f"{phase.removeprefix('timing/').removeprefix('weight_')} s": of_variant[phase] for phase in _PHASES},
+            "tokens": round(of_variant["tokens/primary"]),
+            "continued": round(of_variant["tokens/continuations"]),
         }
-        for recipe, of_recipe in medians.items()
+        for name, of_variant in medians.items()
     ]
-    ratio = medians["laptop-vineppo"]["timing/step"] / medians["laptop-grpo"]["timing/step"]
-    return CaseResult(headline={"vineppo_over_grpo": ratio}, rows=rows, details=measured)
+    over_grpo = {
+        name: of_variant["timing/step"] / medians["laptop-grpo"]["timing/step"] for name, of_variant in medians.items()
+    }
+    headline = {
+        "vineppo_over_grpo": over_grpo["laptop-vineppo"],
+        "fixed_3_over_grpo": over_grpo["fixed K=3"],
+        "fixed_9_over_grpo": over_grpo["fixed K=9"],
+    }
+    return CaseResult(headline=headline, rows=rows, details=measured)
 
 
-_TOKENS = ("tokens/primary", "tokens/continuations")
-
-
-def _steps(recipe: str, steps: int) -> list[dict[str, float]]:
+def _steps(recipe: str, variant: Sequence[str], steps: int) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        overrides = [f"training.steps={steps}", "evaluation.at_start=false", "evaluation.at_end=false"]
+        overrides = [*variant, f"training.steps={steps}", "evaluation.at_start=false", "evaluation.at_end=false"]
         command = [sys.executable, "-m", "ray_rl", "train", recipe, *overrides, "--run-dir", str(run_dir)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=1800)
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -49,4 +61,4 @@ def _steps(recipe: str, steps: int) -> list[dict[str, float]]:
     return [{name: line[name] for name in (*_PHASES, *_TOKENS)} for line in trained[1:]]
 
 
-STEP = Case(name="step", about="time of each phase of a step of laptop-grpo and laptop-vineppo", run=run)
+STEP = Case(name="step", about="time of each phase of a step: GRPO, VinePPO, VinePPO with fixed K", run=run)

@@ -32,8 +32,8 @@ class Options:
 class CaseResult:
     """What a case measured."""
 
-    headline: Mapping[str, float]
-    """The numbers that later versions are compared by: JSON key -> value."""
+    headline: Mapping[str, Any]
+    """The numbers that later versions are compared by: JSON key -> value, or a mapping of such keys for each subject."""
     rows: Sequence[Mapping[str, Any]]
     """A table for people; all rows have the same keys."""
     details: Mapping[str, Any]
@@ -75,7 +75,9 @@ def show(console: Console, case: Case, result: CaseResult) -> None:
         table.add_row(*(_cell(value) for value in row.values()))
     console.print(table)
     for key, value in result.headline.items():
-        console.print(f"{key} = {value:.3f}", highlight=False)
+        inner = value if isinstance(value, Mapping) else {"": value}
+        for name, number in inner.items():
+            console.print(f"{' '.join(filter(None, (key, name)))} = {_number(number)}", highlight=False)
 
 
 def to_json(path: Path, results: Mapping[str, CaseResult]) -> None:
@@ -89,6 +91,10 @@ def to_json(path: Path, results: Mapping[str, CaseResult]) -> None:
 
 def _cell(value: object) -> str:
     return f"{value:,.2f}" if isinstance(value, float) else str(value)
+
+
+def _number(value: float | Sequence[float]) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else "[" + ", ".join(f"{number:.3f}" for number in value) + "]"
 
 
 def _processor() -> str:

@@ -65,6 +65,8 @@ def _cost_metrics(summaries: Sequence[GroupSummary]) -> dict[str, float]:
     metrics = {"tokens/primary": float(primary), "tokens/continuations": float(continued)}
     if states:
         prefix = sum(s.cost.prefix_tokens for s in summaries)
+        possible = sum(s.cost.cacheable_prefix_tokens for s in summaries)
+        cached = sum(s.cost.cached_prefix_tokens for s in summaries)
         metrics |= {
             "values/states": float(states),
             "values/closed_share": sum(s.cost.closed_states for s in summaries) / states,
@@ -72,7 +74,8 @@ def _cost_metrics(summaries: Sequence[GroupSummary]) -> dict[str, float]:
             "groups/skipped": float(sum(not s.cost.continuations for s in summaries)),
             "continuations/per_state": sum(s.cost.continuations for s in summaries) / states,
             "continuations/tokens_share": _ratio(continued, primary + continued),
-            "continuations/cache_hit_rate": _ratio(sum(s.cost.cached_prefix_tokens for s in summaries), prefix),
+            "continuations/cache_hit_rate": _ratio(cached, prefix),
+            "continuations/cache_hits_of_possible": _ratio(cached, possible),
         }
     valued = [(s.value_mean, s.segments) for s in summaries if math.isfinite(s.value_mean)]
     if valued:

@@ -162,8 +162,10 @@ class GroupCost:
     """Times that continuations were asked for, each after the results of the one before."""
     prefix_tokens: int
     """Tokens of the prefixes that the continuations started from, each continuation's counted."""
+    cacheable_prefix_tokens: int
+    """Of those, all that a cache can have: the whole blocks before the last token, which is always computed."""
     cached_prefix_tokens: int
-    """Of those, found in the prefix cache."""
+    """Of the prefix tokens, found in the prefix cache."""
     seconds: float
 
 

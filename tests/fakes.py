@@ -24,6 +24,7 @@ NO_COST = GroupCost(
     closed_states=0,
     rounds=0,
     prefix_tokens=0,
+    cacheable_prefix_tokens=0,
     cached_prefix_tokens=0,
     seconds=0.0,
 )
@@ -56,6 +57,7 @@ def summary(position: int = 0, *, version: int = 0, rewards: Sequence[float] = (
         closed_states=0,
         rounds=0,
         prefix_tokens=40,
+        cacheable_prefix_tokens=20,
         cached_prefix_tokens=10,
         seconds=0.1,
     )

@@ -97,6 +97,7 @@ class Chain:
                 closed_states=valuation.closed_states(),
                 rounds=valuation.rounds,
                 prefix_tokens=0,
+                cacheable_prefix_tokens=0,
                 cached_prefix_tokens=0,
                 seconds=0.0,
             ),

@@ -68,6 +68,7 @@ def test_vineppo_values_each_distinct_state_once_with_the_tokens_that_are_left()
     assert group.cost.primary_tokens == 10
     assert group.cost.continuation_tokens == 10 + 6
     assert (group.cost.prefix_tokens, group.cost.cached_prefix_tokens) == (2 * 3 + 2 * 5, 6)
+    assert group.cost.cacheable_prefix_tokens == 0  # no prefix fills a block
 
 
 def test_fixed_values_wait_for_no_other_completion_of_the_group():

@@ -25,6 +25,7 @@ def cost(primary: int = 10, continuation: int = 0, states: int = 0, prefix: int 
         closed_states=0,
         rounds=0,
         prefix_tokens=prefix,
+        cacheable_prefix_tokens=2 * cached,
         cached_prefix_tokens=cached,
         seconds=2.0,
     )
@@ -113,6 +114,7 @@ def test_shares_of_continuations_weigh_groups_by_their_tokens():
     metrics = step_metrics(groups, 0)
     assert metrics["continuations/tokens_share"] == 0.6
     assert metrics["continuations/cache_hit_rate"] == 0.75
+    assert metrics["continuations/cache_hits_of_possible"] == 0.5
     assert metrics["continuations/per_state"] == 3
     assert metrics["tokens/primary"] == 40
     assert metrics["tokens/continuations"] == 60

@@ -47,6 +47,7 @@ def group() -> TrajectoryGroup:
         closed_states=0,
         rounds=0,
         prefix_tokens=5,
+        cacheable_prefix_tokens=0,
         cached_prefix_tokens=0,
         seconds=0.1,
     )
