@@ -61,6 +61,16 @@ def machine() -> dict[str, Any]:
     }
 
 
+def pyplot_without_screen() -> Any:
+    """matplotlib's pyplot, drawing into files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def median(values: Sequence[float]) -> float:
     """The middle value."""
     return statistics.median(values)

@@ -18,6 +18,8 @@ METHODS: Mapping[str, Sequence[str]] = {
     "vineppo K=9": ("advantage.kind=vineppo", "values={kind: fixed, num_continuations: 9}"),
     "vineppo K=3": ("advantage.kind=vineppo", "values={kind: fixed, num_continuations: 3}"),
     "vineppo adaptive": ("advantage.kind=vineppo", "values={kind: adaptive}"),
+    # As SPO trains: segments' advantages on the tokens that the policy was unsure of.
+    "adaptive masked": ("advantage.kind=vineppo", "values={kind: adaptive}", "learner.loss.confident_above=0.9"),
     "adaptive trained": ("advantage.kind=vineppo", "values={kind: adaptive, train_on_continuations: true}"),
 }
 """Name -> overrides."""

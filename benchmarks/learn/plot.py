@@ -7,17 +7,14 @@ from pathlib import Path
 
 from benchmarks.learn.cells import Point
 from benchmarks.learn.curves import mean_curve
+from benchmarks.suite import pyplot_without_screen
 
 _AXES = {"step": "updates", "tokens": "tokens sampled, thousands", "seconds": "seconds of training steps"}
 
 
 def plot(curves: Mapping[str, Sequence[Sequence[Point]]], file: Path) -> None:
     """Accuracy against updates, tokens and seconds: the mean over seeds, and the spread of seeds behind it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = pyplot_without_screen()
     figure, panels = pyplot.subplots(1, len(_AXES), figsize=(16, 4.8), sharey=True, layout="constrained")
     for panel, (price, label) in zip(panels, _AXES.items(), strict=True):
         scale = 1000 if price == "tokens" else 1

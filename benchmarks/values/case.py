@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from typing import Any
 from benchmarks.suite import Case, CaseResult, Options
 from benchmarks.values.bank import Bank
 from benchmarks.values.errors import PromptErrors, mean_and_ci95, pooled_rmse, price_at, rmse
+from benchmarks.values.plot import plot
 from benchmarks.values.policies import Policy, policies
 from benchmarks.values.subject import JudgedPrompt, Subject, Valued
 from ray_rl.config.values import AdaptiveValues, FixedValues
@@ -23,15 +25,23 @@ _FIXED = {
 }
 _UNBIASED = {
     f"adaptive unbiased K={k}": AdaptiveValues(num_continuations=k, max_bias=0, token_budget=100)
-    for k in (1, 2, 3, 4, 6, 9)
+    for k in (1, 2, 3, 4, 6)
 }
-_ADAPTIVE = {f"adaptive K={k}": AdaptiveValues(num_continuations=k, token_budget=100) for k in (1, 2, 3, 4, 6, 9)}
+_ADAPTIVE = {f"adaptive K={k}": AdaptiveValues(num_continuations=k, token_budget=100) for k in (1, 2, 3, 4, 6)}
 _UNPOOLED = {
-    f"adaptive unpooled K={k}": AdaptiveValues(num_continuations=k, pooling="none", token_budget=100) for k in (3, 9)
+    f"adaptive unpooled K={k}": AdaptiveValues(num_continuations=k, pooling="none", token_budget=100) for k in (3,)
 }
 DEFAULT = f"adaptive K={AdaptiveValues().num_continuations}"
 ESTIMATORS: Mapping[str, FixedValues | AdaptiveValues] = {**_FIXED, **_UNPOOLED, **_UNBIASED, **_ADAPTIVE}
 _TIMED = (YARDSTICK, *_ADAPTIVE)
+_FAMILIES = {
+    "fixed K (VinePPO)": [name for name in _FIXED if name.endswith(("1", "3", "5", "9"))],
+    "fixed K, passing": [name for name in _FIXED if name.endswith("passing")],
+    "fixed K, backup": [name for name in _FIXED if name.endswith("backup")],
+    "adaptive, unbiased": list(_UNBIASED),
+    "adaptive": list(_ADAPTIVE),
+}
+"""What is drawn as a line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +60,7 @@ class _Found:
 def run(options: Options) -> CaseResult:
     """Each policy in its own engine: groups, reference, every estimator on the same draws, then the clock."""
     headline, rows, details = {}, [], {}
+    drawn: dict[str, dict[str, dict[str, float]]] = {}
     for policy in policies(options.work, quick=options.quick):
         found = asyncio.run(_measure(policy))
         summary = {population: _summaries(found, chosen) for population, chosen in _POPULATIONS.items()}
@@ -59,6 +70,10 @@ def run(options: Options) -> CaseResult:
             for name in ESTIMATORS
         ]
         details[policy.name] = {**summary, "spent": found.spent, "plan": _plan(policy)}
+        drawn[policy.name] = {name: {**of, "compared": of[policy.error]} for name, of in summary["undecided"].items()}
+        # After each policy, for a case that is stopped amid the next one.
+        (options.work / f"values-{policy.name}.json").write_text(json.dumps(details[policy.name], indent=1) + "\n")
+    plot(drawn, _FAMILIES, options.work / "values.png")
     return CaseResult(headline=headline, rows=rows, details=details)
 
 
@@ -96,9 +111,10 @@ async def _measure(policy: Policy) -> _Found:
             drawn += bank.tokens
         timed_from = time.perf_counter()
         seconds = dict.fromkeys(_TIMED, 0.0)
-        # One after the other, twice: a drift of the machine falls on all of them.
-        for name in (*_TIMED, *_TIMED):
-            seconds[name] += (await subject.value(ESTIMATORS[name], prompts[: policy.timed])).seconds / 2
+        # One after the other, in every repeat: a drift of the machine falls on all of them.
+        for name in _TIMED * policy.repeats:
+            timed = await subject.value(ESTIMATORS[name], prompts[: policy.timed])
+            seconds[name] += timed.seconds / policy.repeats
     finally:
         engine.shutdown()
     spent = {

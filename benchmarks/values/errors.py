@@ -115,7 +115,7 @@ def price_at(error: float, points: Sequence[Mapping[str, float]], *, price: str,
     """
     ordered = sorted(points, key=lambda point: point[price])
     for worse, better in pairwise(ordered):
-        if worse[by] >= error >= better[by]:
+        if worse[by] >= error >= better[by] > 0:
             if worse[by] == better[by]:
                 return better[price]
             share = math.log(worse[by] / error) / math.log(worse[by] / better[by])
