@@ -59,8 +59,8 @@ def run(options: Options) -> CaseResult:
         rows.append(
             {
                 "estimator": name,
-                "trace of covariance": noise,
-                "squared mean": signal,
+                "trace of covariance x 1000": 1000 * noise,
+                "squared mean x 1000": 1000 * signal,
                 "noise / signal": noise / signal if signal > 0 else math.nan,
                 "proxy": statistics.fmean(_proxy(batch, name, kind) for batch in batches),
                 "predicted": statistics.fmean(_predicted(batch, values, kind) for batch in batches),
