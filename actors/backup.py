@@ -11,9 +11,10 @@ of s_k (continuations, and what passes through; the completion itself is none), 
     V^(s_k) = V^(s_{k+1}) + w (x - V^(s_{k+1})),    w = (1 - P_k) / (1 - P_k^N), and 0 if none leaves
 
 Some leave with probability 1 - P_k^N, which the weight undoes: E[V^(s_k)] = V(s_k), whatever P_k and N (derived here; N may
-depend on which tokens were sampled, but not on rewards). Where segments are long, P_k is about 0 and this is the plain
-mean of the samples; where the policy is sharp, and where prefixes coincide, little is left to chance. A sample that
-leaves into another state of the tree counts with that state's value, for which more samples speak (Rao-Blackwell).
+depend on what led to the state, but neither on rewards nor on how its samples go on from there). Where segments are long,
+P_k is about 0 and this is the plain mean of the samples; where the policy is sharp, and where prefixes coincide, little is
+left to chance. A sample that leaves into another state of the tree counts with that state's value, for which more samples
+speak (Rao-Blackwell).
 
 The completion's own reward enters with its exact probability, as a part of the tree and not as a sample: the values of its
 states do not lean to its outcome.

@@ -36,7 +36,8 @@ class Bank:
         """Continuations start to start + n of a prefix, which must always come with the same max_tokens."""
         async with self._locks[token_ids]:
             drawn = self._drawn[token_ids]
-            if (lacking := start + n - len(drawn)) and lacking > 0:
+            lacking = start + n - len(drawn)
+            if lacking > 0:
                 drawn += await self._engine.generate(token_ids, n=lacking, max_tokens=max_tokens)
             return tuple(drawn[start : start + n])
 

@@ -8,7 +8,7 @@ from benchmarks.learn import cells
 from benchmarks.learn.case import _headline, _rows
 from benchmarks.learn.cells import Cell, Point, curve_of, read_curve
 from benchmarks.learn.curves import best, final, mean_curve, price_of
-from benchmarks.learn.methods import METHODS
+from benchmarks.learn.methods import GRPO, METHODS
 from ray_rl.config import load_config
 
 
@@ -64,7 +64,9 @@ def test_a_variant_that_never_gets_there_has_no_ratio():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_a_valid_recipe(method):
-    load_config(str(cells.RECIPE), METHODS[method])
+    config = load_config(str(cells.RECIPE), METHODS[method])
+    # The headline tells the variants of VinePPO from GRPO and its controls by their names.
+    assert config.advantage.kind == ("grpo" if method.startswith(GRPO) else "vineppo")
 
 
 def test_a_cell_is_trained_once_and_again_only_under_other_overrides(tmp_path, monkeypatch):
