@@ -10,6 +10,7 @@ from benchmarks.fetch_smollm2 import make
 from ray_rl.config import RunConfig, load_config
 
 SMOLLM2_RECIPE = Path(__file__).parent / "smollm2-sums.yaml"
+_SEED = 11
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,8 @@ def policies(work: Path, *, quick: bool) -> Sequence[Policy]:
     smollm2 = work / "smollm2"
     if not smollm2.exists():
         make(smollm2)
-    shared = ["evaluation.problems=1", "rollout.cpus_per_actor=2"]
+    # Prompts of a seed of their own: no estimator was designed on them.
+    shared = ["evaluation.problems=1", "rollout.cpus_per_actor=2", f"seed={_SEED}"]
     embedded = load_config("laptop-vineppo", shared)
     sums = load_config(str(SMOLLM2_RECIPE), [*shared, f"model.path={smollm2}"])
     if quick:
@@ -50,7 +52,7 @@ def policies(work: Path, *, quick: bool) -> Sequence[Policy]:
         )
     return (
         Policy(
-            name="embedded", config=embedded, prompts=64, judged=3, reference=256, repeats=1, timed=64, error="error"
+            name="embedded", config=embedded, prompts=64, judged=2, reference=256, repeats=1, timed=64, error="error"
         ),
-        Policy(name="smollm2", config=sums, prompts=88, judged=2, reference=16, repeats=1, timed=8, error="pooled"),
+        Policy(name="smollm2", config=sums, prompts=92, judged=1, reference=16, repeats=1, timed=8, error="pooled"),
     )
