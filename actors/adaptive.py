@@ -228,8 +228,7 @@ class AdaptiveEstimator:
 
         Where several completions pass, how they go on is a sample of the state's value, which must not choose their number.
         """
-        backed_up = self._config.pooling == "backup" and len(self._tree.passing(state)) == 1
-        return self._tree.leaving(state) if backed_up else 1.0
+        return self._tree.leaving(state) if self._config.pooling == "backup" else 1.0
 
     def _variance(self, state: int) -> float:
         """Of the reward from a state as its neighbours' samples tell it, with one at each end of the range added."""

@@ -146,12 +146,11 @@ class StateTree:
         return weights
 
     def leaving(self, state: int) -> float:
-        """Probability that the policy leaves a completion there, mean over the group's that pass through the state."""
-        leaves = []
-        for trajectory in self._passing[state]:
-            path = self._paths[trajectory]
-            leaves.append(-math.expm1(min(path.segment_logprobs[path.states.index(state)], 0.0)))
-        return math.fsum(leaves) / len(leaves) if leaves else 1.0
+        """Probability that the policy leaves the one completion that passes through the state; 1 unless just one does."""
+        if len(self._passing[state]) != 1:
+            return 1.0
+        path = self._paths[self._passing[state][0]]
+        return -math.expm1(min(path.segment_logprobs[path.states.index(state)], 0.0))
 
     def remaining_tokens(self) -> list[float]:
         """Tokens after each state, mean over the completions that pass through it; what a continuation may cost."""

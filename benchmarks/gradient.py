@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from benchmarks.bank import Bank
+from benchmarks.subject import subject_of
 from benchmarks.suite import Case, CaseResult, Options
-from benchmarks.values.bank import Bank
 from ray_rl.config import RunConfig, load_config
 from ray_rl.config.values import AdaptiveValues, FixedValues
 from ray_rl.types import TrajectoryGroup
@@ -74,41 +75,21 @@ def run(options: Options) -> CaseResult:
 
 
 async def _sample(config: RunConfig, count: int) -> list[_Batch]:
-    from actors.engine import Engine
-    from actors.reward_actor import make_scorer
-    from actors.rollout import Rollout, Sampler
-    from ray_rl.launch import Prepared, model_source
+    async with subject_of(config, seed=2) as subject:
 
-    prepared = Prepared(config)
-    stop = prepared.codec.eos_token_ids()
-    engine = await Engine.start(config, model_source(config), eos_token_ids=stop, seed=2)
-    scorer = make_scorer(config.reward, [])
+        async def group() -> dict[str, TrajectoryGroup]:
+            first, bank = await subject.group(subject.next_prompt()), Bank(subject.engine)
+            return {
+                name: await subject.valued(first, values, bank.reader())
+                for name, values in {**_VALUES, "truth": _TRUTH}.items()
+            }
 
-    def rollout(values: Any, sampler: Sampler) -> Rollout:
-        return Rollout(config.model_copy(update={"values": values}), sampler, scorer, prepared.codec)
+        async def batch() -> _Batch:
+            groups = await asyncio.gather(*(group() for _ in range(_PROMPTS)))
+            by_name = {name: [of_prompt[name] for of_prompt in groups] for name in groups[0]}
+            return _Batch(truth=by_name.pop("truth"), groups=by_name)
 
-    async def group(prompt: Any) -> dict[str, TrajectoryGroup]:
-        bank = Bank(engine)
-        first = await rollout(FixedValues(num_continuations=1), engine).collect(prompt)
-        completions = [trajectory.completion for trajectory in first.trajectories]
-        rewards = [trajectory.reward for trajectory in first.trajectories]
-        return {
-            name: await rollout(values, bank.reader()).values_of(prompt, completions, rewards)
-            for name, values in {**_VALUES, "truth": _TRUTH}.items()
-        }
-
-    async def batch() -> _Batch:
-        groups = await asyncio.gather(*(group(prepared.stream.next()) for _ in range(_PROMPTS)))
-        by_name = {name: [of_prompt[name] for of_prompt in groups] for name in groups[0]}
-        return _Batch(truth=by_name.pop("truth"), groups=by_name)
-
-    try:
-        batches: list[_Batch] = []
-        for _ in range(0, count, 2):  # two at a time keep the engine's batch full
-            batches += await asyncio.gather(batch(), batch())
-        return batches
-    finally:
-        engine.shutdown()
+        return await asyncio.gather(*(batch() for _ in range(count)))
 
 
 class _Gradients:

@@ -15,6 +15,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+_WIDEST = 1000
+"""Characters."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -83,6 +86,8 @@ def show(console: Console, case: Case, result: CaseResult) -> None:
         table.add_column(column, justify="left" if isinstance(result.rows[0][column], str) else "right", no_wrap=True)
     for row in result.rows:
         table.add_row(*(_cell(value) for value in row.values()))
+    # As wide as it is: a terminal breaks the lines, a file keeps them; nothing is cut.
+    console.width = max(console.width, Console(width=_WIDEST).measure(table).maximum)
     console.print(table)
     for key, value in result.headline.items():
         inner = value if isinstance(value, Mapping) else {"": value}

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from benchmarks.bank import Bank
+from benchmarks.subject import subject_of
 from benchmarks.suite import Case, CaseResult, Options
-from benchmarks.values.bank import Bank
 from benchmarks.values.errors import PromptErrors, mean_and_ci95, pooled_rmse, price_at, rmse
+from benchmarks.values.judged import JudgedGroup, Valued, judged_groups, value
 from benchmarks.values.plot import plot
 from benchmarks.values.policies import Policy, policies
-from benchmarks.values.subject import JudgedPrompt, Subject, Valued
 from ray_rl.config.values import AdaptiveValues, FixedValues
 
 YARDSTICK = "fixed K=9"
@@ -48,7 +49,7 @@ _FAMILIES = {
 class _Found:
     """Of one policy: what every estimator made of its prompts."""
 
-    prompts: Sequence[JudgedPrompt]
+    groups: Sequence[JudgedGroup]
     valued: Mapping[str, Sequence[Valued]]
     """[repeats] each."""
     seconds: Mapping[str, float]
@@ -78,9 +79,9 @@ def run(options: Options) -> CaseResult:
 
 
 _COLUMNS = ("k tokens", "error", "pooled", "error of V", "bias", "to outcome", "ranked")
-_POPULATIONS: Mapping[str, Callable[[JudgedPrompt], bool]] = {
-    "undecided": lambda prompt: prompt.reference.undecided,
-    "all": lambda prompt: True,
+_POPULATIONS: Mapping[str, Callable[[JudgedGroup], bool]] = {
+    "undecided": lambda judged: judged.reference.undecided,
+    "all": lambda judged: True,
 }
 
 
@@ -90,33 +91,25 @@ def _plan(policy: Policy) -> dict[str, Any]:
 
 
 async def _measure(policy: Policy) -> _Found:
-    from actors.engine import Engine
-    from ray_rl.launch import Prepared, model_source
-
-    config, prepared = policy.config, Prepared(policy.config)
-    stop = prepared.codec.eos_token_ids()
-    engine = await Engine.start(config, model_source(config), eos_token_ids=stop, seed=1)
-    try:
-        subject = Subject(config, engine, prepared.codec)
+    async with subject_of(policy.config, seed=1) as subject:
         started = time.perf_counter()
-        stream = [prepared.stream.next() for _ in range(policy.prompts)]
-        prompts, reference_tokens = await subject.prepare(stream, judged=policy.judged, samples=policy.reference)
+        groups, reference_tokens = await judged_groups(
+            subject, policy.prompts, judged=policy.judged, samples=policy.reference
+        )
         referenced = time.perf_counter()
         valued: dict[str, list[Valued]] = {name: [] for name in ESTIMATORS}
         drawn = 0
         for _ in range(policy.repeats):
-            bank = Bank(engine)
+            bank = Bank(subject.engine)
             for name, values in ESTIMATORS.items():
-                valued[name].append(await subject.value(values, prompts, bank.reader()))
+                valued[name].append(await value(subject, values, groups, bank.reader()))
             drawn += bank.tokens
         timed_from = time.perf_counter()
         seconds = dict.fromkeys(_TIMED, 0.0)
         # One after the other, in every repeat: a drift of the machine falls on all of them.
         for name in _TIMED * policy.repeats:
-            timed = await subject.value(ESTIMATORS[name], prompts[: policy.timed])
+            timed = await value(subject, ESTIMATORS[name], groups[: policy.timed])
             seconds[name] += timed.seconds / policy.repeats
-    finally:
-        engine.shutdown()
     spent = {
         "reference tokens": float(reference_tokens),
         "reference seconds": referenced - started,
@@ -124,17 +117,17 @@ async def _measure(policy: Policy) -> _Found:
         "drawn seconds": timed_from - referenced,
         "timing seconds": time.perf_counter() - timed_from,
     }
-    return _Found(prompts=prompts, valued=valued, seconds=seconds, spent=spent)
+    return _Found(groups=groups, valued=valued, seconds=seconds, spent=spent)
 
 
-def _summaries(found: _Found, chosen: Callable[[JudgedPrompt], bool]) -> dict[str, dict[str, float]]:
+def _summaries(found: _Found, chosen: Callable[[JudgedGroup], bool]) -> dict[str, dict[str, float]]:
     """Estimator -> its numbers on the chosen prompts, all repeats together."""
-    indices = [index for index, prompt in enumerate(found.prompts) if chosen(prompt)]
+    indices = [index for index, judged in enumerate(found.groups) if chosen(judged)]
     return {
         name: _summary(
             [[valued.errors[index] for index in indices] for valued in repeats],
             tokens=sum(valued.tokens[index] for valued in repeats for index in indices) / len(repeats),
-            primary=sum(len(c.token_ids) for index in indices for c in found.prompts[index].completions),
+            primary=sum(found.groups[index].group.cost.primary_tokens for index in indices),
             seconds=found.seconds.get(name),
         )
         for name, repeats in found.valued.items()

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from benchmarks.values.bank import Bank
+from benchmarks.bank import Bank
 from benchmarks.values.reference import Reference
 from ray_rl.config.values import FixedValues
 from tests.actors.chain import Chain, mean_and_error
