@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.learn.methods import METHODS
+from ray_rl.config import load_config
 
 RECIPE = Path(__file__).parent / "chains.yaml"
 CELL_SECONDS = 3600
@@ -49,14 +50,15 @@ def curve_of(cell: Cell, folder: Path, shared: Sequence[str]) -> list[Point]:
     Args:
         cell: what to train.
         folder: of all cells' results.
-        shared: overrides that hold for all cells; a result made under others is made again.
+        shared: overrides that hold for all cells; a result made under another configuration is made again.
     """
     file = folder / f"{cell.name}.json"
     overrides = [*METHODS[cell.method], *shared, f"learner.optimizer.lr={cell.lr}", f"seed={cell.seed}"]
     # Problems come in another order with another seed, so that a seed is a whole repetition.
+    config = load_config(str(RECIPE), overrides).model_dump(mode="json")
     if file.is_file():
         found = json.loads(file.read_text())
-        if found["overrides"] == overrides:
+        if found["config"] == config:
             return [Point(**point) for point in found["curve"]]
     run = folder / "runs" / cell.name
     shutil.rmtree(run, ignore_errors=True)
@@ -64,7 +66,7 @@ def curve_of(cell: Cell, folder: Path, shared: Sequence[str]) -> list[Point]:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=CELL_SECONDS)
     curve = read_curve((run / "metrics.jsonl").read_text().splitlines())
     whole = file.with_suffix(".part")
-    whole.write_text(json.dumps({"overrides": overrides, "curve": [asdict(point) for point in curve]}, indent=1) + "\n")
+    whole.write_text(json.dumps({"config": config, "curve": [asdict(point) for point in curve]}, indent=1) + "\n")
     whole.rename(file)
     shutil.rmtree(run)
     return curve

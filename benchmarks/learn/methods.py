@@ -12,8 +12,8 @@ METHODS: Mapping[str, Sequence[str]] = {
     # Only tokens that the policy was unsure of train (SPO, arXiv 2505.23564).
     "grpo masked": ("learner.loss.confident_above=0.9",),
     # About as many tokens a step as the adaptive VinePPO samples, spent on larger groups and on other prompts in the place
-    # of decided ones (DAPO, arXiv 2503.14476); as many optimizer steps.
-    "grpo more tokens": ("rollout.group_size=12", "training.decided_groups=refill", "learner.minibatch_size=48"),
+    # of decided ones (DAPO, arXiv 2503.14476).
+    "grpo more tokens": ("rollout.group_size=12", "training.decided_groups=refill"),
     # The published method (arXiv 2410.01679).
     "vineppo K=9": ("advantage.kind=vineppo", "values={kind: fixed, num_continuations: 9}"),
     "vineppo K=3": ("advantage.kind=vineppo", "values={kind: fixed, num_continuations: 3}"),
