@@ -69,7 +69,7 @@ def test_every_method_is_a_valid_recipe(method):
     assert config.advantage.kind == ("grpo" if method.startswith(GRPO) else "vineppo")
 
 
-def test_a_cell_is_trained_once_and_again_only_under_other_overrides(tmp_path, monkeypatch):
+def test_a_cell_is_trained_once_and_again_only_under_another_configuration(tmp_path, monkeypatch):
     trained = []
 
     def train(command, **_):
@@ -85,3 +85,8 @@ def test_a_cell_is_trained_once_and_again_only_under_other_overrides(tmp_path, m
     assert len(trained) == 1
     curve_of(cell, tmp_path, ["training.steps=4"])
     assert len(trained) == 2
+    recipe = tmp_path / "chains.yaml"
+    recipe.write_text(cells.RECIPE.read_text().replace("max_steps: 9", "max_steps: 8"))
+    monkeypatch.setattr(cells, "RECIPE", recipe)
+    curve_of(cell, tmp_path, ["training.steps=4"])
+    assert len(trained) == 3
