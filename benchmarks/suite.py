@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -101,7 +102,19 @@ def to_json(path: Path, results: Mapping[str, CaseResult]) -> None:
         name: {**result.headline, "rows": list(result.rows), "details": result.details}
         for name, result in results.items()
     }
-    path.write_text(json.dumps({"machine": machine(), "cases": cases}, indent=2) + "\n")
+    path.write_text(json.dumps(_without_nan({"machine": machine(), "cases": cases}), indent=2, allow_nan=False) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    """What was not reached has no number: null, for JSON knows no nan."""
+    match value:
+        case Mapping():
+            return {key: _without_nan(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [_without_nan(inner) for inner in value]
+        case float() if math.isnan(value):
+            return None
+    return value
 
 
 def _cell(value: object) -> str:

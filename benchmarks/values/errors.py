@@ -105,7 +105,9 @@ def mean_and_ci95(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
 
 
 def price_at(error: float, points: Sequence[Mapping[str, float]], *, price: str, by: str) -> float:
-    """What a method costs at a given error: its points interpolated in log-log; nan outside of what they span.
+    """What a method costs at most at a given error: its points interpolated in log-log.
+
+    Its cheapest point's price where even that errs less, and nan where no point errs so little.
 
     Args:
         error: to be reached.
@@ -114,6 +116,8 @@ def price_at(error: float, points: Sequence[Mapping[str, float]], *, price: str,
         by: the key of a point's error.
     """
     ordered = sorted(points, key=lambda point: point[price])
+    if ordered[0][by] <= error:
+        return ordered[0][price]
     for worse, better in pairwise(ordered):
         if worse[by] >= error >= better[by] > 0:
             if worse[by] == better[by]:

@@ -65,4 +65,4 @@ def test_price_is_interpolated_in_logarithms():
     assert price_at(0.2, points, price="tokens", by="error") == pytest.approx(4.0)
     assert price_at(0.2 * math.sqrt(2), points, price="tokens", by="error") == pytest.approx(2.0)
     assert math.isnan(price_at(0.05, points, price="tokens", by="error"))
-    assert math.isnan(price_at(0.5, points, price="tokens", by="error"))
+    assert price_at(0.5, points, price="tokens", by="error") == 1.0
