@@ -18,8 +18,12 @@ METHODS: Mapping[str, Sequence[str]] = {
     "vineppo K=9": ("advantage.kind=vineppo", "values={kind: fixed, num_continuations: 9}"),
     "vineppo K=3": ("advantage.kind=vineppo", "values={kind: fixed, num_continuations: 3}"),
     "vineppo adaptive": ("advantage.kind=vineppo", "values={kind: adaptive}"),
-    # As SPO trains: segments' advantages on the tokens that the policy was unsure of.
-    "adaptive masked": ("advantage.kind=vineppo", "values={kind: adaptive}", "learner.loss.confident_above=0.9"),
+    # Groups whose rewards are all equal get values, too: on a hard task, that is where many of the right steps are.
+    "adaptive unbiased": ("advantage.kind=vineppo", "values={kind: adaptive, max_bias: 0}"),
     "adaptive trained": ("advantage.kind=vineppo", "values={kind: adaptive, train_on_continuations: true}"),
+    "unbiased trained": (
+        "advantage.kind=vineppo",
+        "values={kind: adaptive, max_bias: 0, train_on_continuations: true}",
+    ),
 }
 """Name -> overrides."""
