@@ -21,9 +21,5 @@ METHODS: Mapping[str, Sequence[str]] = {
     # Groups whose rewards are all equal get values, too: on a hard task, that is where many of the right steps are.
     "adaptive unbiased": ("advantage.kind=vineppo", "values={kind: adaptive, max_bias: 0}"),
     "adaptive trained": ("advantage.kind=vineppo", "values={kind: adaptive, train_on_continuations: true}"),
-    "unbiased trained": (
-        "advantage.kind=vineppo",
-        "values={kind: adaptive, max_bias: 0, train_on_continuations: true}",
-    ),
 }
 """Name -> overrides."""
