@@ -20,6 +20,8 @@ METHODS: Mapping[str, Sequence[str]] = {
     "vineppo adaptive": ("advantage.kind=vineppo", "values={kind: adaptive}"),
     # Groups whose rewards are all equal get values, too: on a hard task, that is where many of the right steps are.
     "adaptive unbiased": ("advantage.kind=vineppo", "values={kind: adaptive, max_bias: 0}"),
+    # The adaptive estimator spends nothing on decided groups; others take their place.
+    "adaptive refilled": ("advantage.kind=vineppo", "values={kind: adaptive}", "training.decided_groups=refill"),
     "adaptive trained": ("advantage.kind=vineppo", "values={kind: adaptive, train_on_continuations: true}"),
 }
 """Name -> overrides."""
