@@ -16,7 +16,7 @@ from typing import Protocol
 
 from actors.scoring import Scorer
 from actors.segmentation import segment
-from actors.state_tree import ROOT
+from actors.state_tree import ROOT, State
 from actors.values import Valuation
 from ray_rl.config import RunConfig
 from ray_rl.config.values import NoValues
@@ -104,6 +104,17 @@ class Rollout:
 
         return await self._valued(prompt, len(completions), sample, grade, time.monotonic())
 
+    async def continuations(self, prompt: Prompt, state: State, count: int) -> list[Continuation]:
+        """Scored continuations of one state; they may use the tokens that its prefix has left."""
+        completions = await self._engine.generate(
+            (*prompt.token_ids, *state.prefix), n=count, max_tokens=self._config.rollout.max_tokens - state.boundary
+        )
+        rewards = await self._score(prompt, [((*state.prefix, *c.token_ids), c.finished) for c in completions])
+        return [
+            Continuation(trajectory=state.trajectory, boundary=state.boundary, completion=completion, reward=reward)
+            for completion, reward in zip(completions, rewards, strict=True)
+        ]
+
     async def evaluate(self, prompt: Prompt, *, samples: int, temperature: float) -> tuple[ScoredSample, ...]:
         """Scored answers without values; temperature 0 is greedy. What is unfinished has no final answer."""
         completions = await self._engine.generate(
@@ -176,19 +187,8 @@ class Rollout:
             tasks.create_task(self._continue_from(prompt, valuation, state, count))
 
     async def _continue_from(self, prompt: Prompt, valuation: Valuation, index: int, count: int) -> None:
-        """Scored continuations of one state; they may use the tokens that its prefix has left."""
-        state = valuation.tree.states[index]
-        completions = await self._engine.generate(
-            (*prompt.token_ids, *state.prefix), n=count, max_tokens=self._config.rollout.max_tokens - state.boundary
-        )
-        rewards = await self._score(prompt, [((*state.prefix, *c.token_ids), c.finished) for c in completions])
-        for completion, reward in zip(completions, rewards, strict=True):
-            valuation.add(
-                index,
-                Continuation(
-                    trajectory=state.trajectory, boundary=state.boundary, completion=completion, reward=reward
-                ),
-            )
+        for continuation in await self.continuations(prompt, valuation.tree.states[index], count):
+            valuation.add(index, continuation)
 
     async def _score(self, prompt: Prompt, answers: Sequence[tuple[Sequence[int], bool]]) -> list[Reward]:
         """Rewards of (token ids, finished); the unfinished are not graded."""

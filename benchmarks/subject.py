@@ -12,7 +12,10 @@ from ray_rl.config import RunConfig
 from ray_rl.config.values import AdaptiveValues, FixedValues
 from ray_rl.prompt_stream import PromptStream
 from ray_rl.tokenizer import TokenizerCodec
-from ray_rl.types import Completion, Prompt, ScoringItem, TrajectoryGroup
+from ray_rl.types import Prompt, TrajectoryGroup
+
+_SAMPLES_ONLY = FixedValues(num_continuations=1)
+"""One continuation a state is the cheapest way to the segments that every estimator will see."""
 
 
 class Subject:
@@ -32,8 +35,7 @@ class Subject:
 
     async def group(self, prompt: Prompt) -> TrajectoryGroup:
         """Fresh completions, cut into segments and graded."""
-        # One continuation a state is the cheapest way to the segments that every estimator will see.
-        return await self._rollout(FixedValues(num_continuations=1), self.engine).collect(prompt)
+        return await self._rollout(_SAMPLES_ONLY, self.engine).collect(prompt)
 
     async def valued(
         self, group: TrajectoryGroup, values: FixedValues | AdaptiveValues, sampler: Sampler | None = None
@@ -46,20 +48,12 @@ class Subject:
 
     async def continuations(self, prompt: Prompt, state: State, count: int) -> list[tuple[Sequence[int], float]]:
         """Tokens and reward of fresh continuations of a state."""
-        limit = self.config.rollout.max_tokens - state.boundary
-        drawn = await self.engine.generate((*prompt.token_ids, *state.prefix), n=count, max_tokens=limit)
-        return [(completion.token_ids, await self._reward(prompt, state, completion)) for completion in drawn]
+        drawn = await self._rollout(_SAMPLES_ONLY, self.engine).continuations(prompt, state, count)
+        return [(continuation.completion.token_ids, continuation.reward.value) for continuation in drawn]
 
     def _rollout(self, values: FixedValues | AdaptiveValues, sampler: Sampler) -> Rollout:
         config = self.config.model_copy(update={"values": values})
         return Rollout(config, sampler, self._scorer, self._codec)
-
-    async def _reward(self, prompt: Prompt, state: State, continuation: Completion) -> float:
-        if not continuation.finished:
-            return self.config.reward.unfinished
-        text, _ = self._codec.decode_with_offsets((*state.prefix, *continuation.token_ids))
-        (reward,) = await self._scorer.score([ScoringItem(problem=prompt.problem, completion_text=text)])
-        return reward.value
 
 
 @asynccontextmanager

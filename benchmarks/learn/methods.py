@@ -18,7 +18,7 @@ METHODS: Mapping[str, Sequence[str]] = {
     "vineppo K=9": ("advantage.kind=vineppo", "values={kind: fixed, num_continuations: 9}"),
     "vineppo K=3": ("advantage.kind=vineppo", "values={kind: fixed, num_continuations: 3}"),
     "vineppo adaptive": ("advantage.kind=vineppo", "values={kind: adaptive}"),
-    # Groups whose rewards are all equal get values, too: on a hard task, that is where many of the right steps are.
+    # Groups whose rewards are all equal get values, too.
     "adaptive unbiased": ("advantage.kind=vineppo", "values={kind: adaptive, max_bias: 0}"),
     # The adaptive estimator spends nothing on decided groups; others take their place.
     "adaptive refilled": ("advantage.kind=vineppo", "values={kind: adaptive}", "training.decided_groups=refill"),
