@@ -1,4 +1,10 @@
-"""How noisy the policy gradient is under each estimator: the trace of its covariance over repeated batches of one policy.
+"""How noisy the policy gradient is under each advantage, and how much of the noise comes from estimating values.
+
+Groups are independent, so the trace of the covariance of a batch's gradient is that of one group's, times their number. Of
+each group the gradient of every segment's log-probability is taken once; what an advantage makes of them is then a sum. All
+advantages see the same completions. An estimator values them twice, with other continuations each time: half the squared
+difference is the noise that these add. What exact values would leave is the product of both, for an unbiased estimator.
+Few groups, those where something unlikely was sampled, make most of a trace: hence many groups, and intervals.
 
 Beside it stands the proxy sum_k E[A_k^2] (shared formulas of VinePPO, arXiv 2410.01679): measured, and as the binomial
 law predicts it for K continuations of states with values p: Var(R) + (1/K) sum_k E[p_k (1 - p_k) + p_{k+1} (1 - p_{k+1})];
@@ -9,166 +15,277 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.bank import Bank
-from benchmarks.subject import subject_of
+from benchmarks.subject import Subject, subject_of
 from benchmarks.suite import Case, CaseResult, Options
 from ray_rl.config import RunConfig, load_config
+from ray_rl.config.advantage import AdvantageConfig, GrpoAdvantage, RlooAdvantage, VineppoAdvantage
 from ray_rl.config.values import AdaptiveValues, FixedValues
 from ray_rl.types import TrajectoryGroup
 
-_VALUES: Mapping[str, FixedValues | AdaptiveValues] = {
+if TYPE_CHECKING:
+    import torch
+
+Values = FixedValues | AdaptiveValues
+_SMOOTHED = VineppoAdvantage(gae_lambda=0.3, baseline_smoothing=0.5)
+_SEED = 13
+"""Of prompts on which nothing was designed."""
+_RESAMPLES = 2000
+_BROADCAST = "broadcast R - mean of others"
+_EXACT = "exact values"
+_REFERENCE = "fixed K=9 backup"
+"""Whose two valuations the exact ones are told from: unbiased, and the least noisy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Method:
+    """An advantage, and the values it takes."""
+
+    advantage: AdvantageConfig
+    values: Values | None = None
+
+
+_VALUES: Mapping[str, Values] = {
     "fixed K=9": FixedValues(num_continuations=9),
+    _REFERENCE: FixedValues(num_continuations=9, pooling="backup"),
     "fixed K=3": FixedValues(num_continuations=3),
+    "fixed K=3 backup": FixedValues(num_continuations=3, pooling="backup"),
     "fixed K=1": FixedValues(num_continuations=1),
     "fixed K=1 backup": FixedValues(num_continuations=1, pooling="backup"),
     "adaptive": AdaptiveValues(),
     "adaptive unbiased": AdaptiveValues(max_bias=0),
 }
-_BROADCAST = {"grpo (R - mean) / std": "grpo", "broadcast R - mean of others": "rloo"}
-_TRUTH = FixedValues(num_continuations=9, pooling="backup")
-"""The closest to true values that the benchmark's own continuations give."""
-_PROMPTS = 8
+_METHODS: Mapping[str, _Method] = {
+    "grpo (R - mean) / std": _Method(advantage=GrpoAdvantage()),
+    _BROADCAST: _Method(advantage=RlooAdvantage()),
+    **{
+        name: _Method(advantage=advantage, values=values)
+        for name, values in _VALUES.items()
+        for name, advantage in ((name, VineppoAdvantage()), (f"{name} smoothed", _SMOOTHED))
+    },
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Batch:
-    """The groups of one batch, the same completions under every estimator."""
+class _Valued:
+    """The same completions of one prompt, valued again and again; each pair by independent continuations."""
 
-    groups: Mapping[str, Sequence[TrajectoryGroup]]
-    truth: Sequence[TrajectoryGroup]
+    completions: TrajectoryGroup
+    pairs: Mapping[Values, tuple[TrajectoryGroup, TrajectoryGroup]]
+
+    def seen_by(self, method: _Method) -> tuple[TrajectoryGroup, TrajectoryGroup]:
+        """What a method takes its advantages from, twice."""
+        return self.pairs[method.values] if method.values else (self.completions, self.completions)
 
 
 def run(options: Options) -> CaseResult:
-    """Batches of fresh prompts and completions; each estimator values the same ones."""
-    count = 6 if options.quick else 24
-    config = load_config("laptop-vineppo", ["evaluation.problems=1", "rollout.cpus_per_actor=2"])
-    batches = asyncio.run(_sample(config, count))
-    gradients = _Gradients(config)
-    rows, noise_of = [], {}
-    for name in (*_BROADCAST, *_VALUES):
-        values = _VALUES.get(name)
-        kind = _BROADCAST.get(name, "vineppo")
-        of_batches = [gradients.of(batch.groups[name if values else "fixed K=9"], kind) for batch in batches]
-        noise, signal = noise_and_signal(of_batches)
-        noise_of[name] = noise
+    """Fresh prompts and completions; each estimator values the same ones."""
+    count = 24 if options.quick else 192
+    config = load_config("laptop-vineppo", ["evaluation.problems=1", "rollout.cpus_per_actor=2", f"seed={_SEED}"])
+    groups = asyncio.run(_sample(config, count))
+    found = _moments(groups, config)
+    broadcast, exact = found[_BROADCAST], found[_REFERENCE].crossed_trace
+    rows = []
+    for name, method in _METHODS.items():
+        moments = found[name]
+        low, high = moments.over(broadcast)
         rows.append(
             {
-                "estimator": name,
-                "trace of covariance x 1000": 1000 * noise,
-                "squared mean x 1000": 1000 * signal,
-                "noise / signal": noise / signal if signal > 0 else math.nan,
-                "proxy": statistics.fmean(_proxy(batch, name, kind) for batch in batches),
-                "predicted": statistics.fmean(_predicted(batch, values, kind) for batch in batches),
+                "advantage": name,
+                "continuation tokens": _tokens(groups, method),
+                "trace over broadcast": moments.trace / broadcast.trace,
+                "from": low,
+                "to": high,
+                "of it from continuations": moments.added / broadcast.trace,
+                "trace over squared mean": moments.trace / moments.squared_mean
+                if moments.squared_mean > 0
+                else math.nan,
+                "proxy": _proxy(groups, method),
+                "predicted": _predicted(groups, method),
             }
         )
+    of_exact = {"advantage": _EXACT, "trace over broadcast": exact / broadcast.trace, "of it from continuations": 0.0}
+    rows.append(dict.fromkeys(rows[0], math.nan) | of_exact)
     headline = {
-        "adaptive_over_broadcast": noise_of["adaptive"] / noise_of["broadcast R - mean of others"],
-        "adaptive_over_fixed_9": noise_of["adaptive"] / noise_of["fixed K=9"],
+        "adaptive_over_broadcast": found["adaptive"].trace / broadcast.trace,
+        "adaptive_smoothed_over_broadcast": found["adaptive smoothed"].trace / broadcast.trace,
+        "adaptive_smoothed_over_fixed_9": found["adaptive smoothed"].trace / found["fixed K=9"].trace,
+        "exact_over_broadcast": exact / broadcast.trace,
     }
-    return CaseResult(headline=headline, rows=rows, details={"batches": count, "prompts": _PROMPTS})
+    details = {
+        "groups": count,
+        "trace of broadcast": broadcast.trace,
+        "squares": {name: moments.squares for name, moments in found.items()},
+    }
+    return CaseResult(headline=headline, rows=rows, details=details)
 
 
-async def _sample(config: RunConfig, count: int) -> list[_Batch]:
+def _moments(groups: Sequence[_Valued], config: RunConfig) -> dict[str, Moments]:
+    import torch
+
+    scores = _Scores(config)
+    found = {name: Moments() for name in _METHODS}
+    for group in groups:
+        weights = [_per_segment(of, m.advantage) for m in _METHODS.values() for of in group.seen_by(m)]
+        gradients = torch.tensor(weights) @ scores.of(group.completions)
+        for moments, pair in zip(found.values(), gradients.view(len(found), 2, -1), strict=True):
+            moments.add(*pair)
+    return found
+
+
+async def _sample(config: RunConfig, count: int) -> list[_Valued]:
     async with subject_of(config, seed=2) as subject:
+        # A few prompts at a time: one group's rounds wait for each other, so several keep the engine's batch full.
+        at_once = asyncio.Semaphore(8)
 
-        async def group() -> dict[str, TrajectoryGroup]:
-            first, bank = await subject.group(subject.next_prompt()), Bank(subject.engine)
-            return {
-                name: await subject.valued(first, values, bank.reader())
-                for name, values in {**_VALUES, "truth": _TRUTH}.items()
-            }
+        async def one() -> _Valued:
+            async with at_once:
+                return await _value(subject)
 
-        async def batch() -> _Batch:
-            groups = await asyncio.gather(*(group() for _ in range(_PROMPTS)))
-            by_name = {name: [of_prompt[name] for of_prompt in groups] for name in groups[0]}
-            return _Batch(truth=by_name.pop("truth"), groups=by_name)
-
-        return await asyncio.gather(*(batch() for _ in range(count)))
+        return await asyncio.gather(*(one() for _ in range(count)))
 
 
-class _Gradients:
-    """Of the surrogate loss of a batch at the policy that sampled it, without clipping the norm."""
+async def _value(subject: Subject) -> _Valued:
+    completions = await subject.group(subject.next_prompt())
+
+    banks = Bank(subject.engine), Bank(subject.engine)
+    first, second = [
+        {values: await subject.valued(completions, values, bank.reader()) for values in _VALUES.values()}
+        for bank in banks
+    ]
+    return _Valued(completions=completions, pairs={values: (first[values], second[values]) for values in first})
+
+
+class _Scores:
+    """Gradients of the segments' log-probabilities at the policy that sampled them."""
 
     def __init__(self, config: RunConfig) -> None:
         from learner.model import load_model
         from ray_rl.launch import model_source
 
-        self._config = config
         self._model = load_model(config.model, model_source(config))
 
-    def of(self, groups: Sequence[TrajectoryGroup], kind: str) -> Any:
-        """Flat gradient [parameters] of one batch under an advantage."""
+    def of(self, group: TrajectoryGroup) -> torch.Tensor:
+        """[segments of all completions, parameters]."""
         import torch
 
-        from learner.batches import loss_totals, tensor_batch
-        from learner.losses import token_mean
         from learner.model import token_logprobs_and_entropy
-        from learner.samples import training_samples
-        from ray_rl.config import resolve_config
-        from ray_rl.types import Microbatch
 
-        sections = self._config.model_dump(mode="json")
-        config = resolve_config(sections | {"advantage": {"kind": kind}} | ({} if kind == "vineppo" else _NO_VALUES))
-        samples = [sample for group in groups for sample in training_samples(group, config)]
-        batch = tensor_batch(samples, Microbatch(indices=tuple(range(len(samples)))), torch.device("cpu"))
-        logprobs, _ = token_logprobs_and_entropy(self._model, batch.input_ids, batch.attention_mask, 1.0)
-        totals = loss_totals(samples, max_tokens=config.rollout.max_tokens)
-        loss = token_mean(-logprobs * batch.advantages, batch.loss_mask, batch.weights, totals)
-        self._model.zero_grad()
-        loss.backward()
-        return torch.cat([parameter.grad.flatten() for parameter in self._model.parameters()])
+        parameters = list(self._model.parameters())
+        rows = []
+        for trajectory in group.trajectories:
+            ids = torch.tensor([group.prompt.token_ids + trajectory.completion.token_ids])
+            (logprobs,), _ = token_logprobs_and_entropy(self._model, ids, torch.ones_like(ids), 1.0)
+            of_completion = logprobs[len(logprobs) - len(trajectory.completion.token_ids) :]
+            for start, end in pairwise(trajectory.boundaries):
+                of_segment = torch.autograd.grad(of_completion[start:end].sum(), parameters, retain_graph=True)
+                rows.append(torch.cat([gradient.flatten() for gradient in of_segment]))
+        return torch.stack(rows)
 
 
-_NO_VALUES = {"values": {"kind": "none"}}
+def _per_segment(group: TrajectoryGroup, advantage: AdvantageConfig) -> list[float]:
+    """[segments of all completions] the advantage of each."""
+    from learner.advantages import token_advantages
+
+    found = []
+    for trajectory, of_tokens in zip(group.trajectories, token_advantages(group, advantage), strict=True):
+        assert of_tokens is not None, "the rewards of a benchmark never fail"
+        found += [of_tokens[start] for start in trajectory.boundaries[:-1]]
+    return found
 
 
-def noise_and_signal(gradients: Sequence[Any]) -> tuple[float, float]:
-    """Trace of the covariance of one batch's gradient, and the squared norm of the mean gradient, both unbiased.
+class Moments:
+    """Of one advantage's gradient over groups, each seen with two independent valuations."""
 
-    Args:
-        gradients: [batches] tensors [parameters], independent.
-    """
-    import torch
+    def __init__(self) -> None:
+        self.squares: list[float] = []
+        """[groups] squared length, mean of the two."""
+        self._differences: list[float] = []
+        self._products: list[float] = []
+        self._sum: Any = 0.0
 
-    stacked = torch.stack(list(gradients)).double()
-    mean = stacked.mean(dim=0)
-    noise = float(((stacked - mean) ** 2).sum() / (len(stacked) - 1))
-    return noise, float((mean**2).sum()) - noise / len(stacked)
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """One group's gradient [parameters], twice."""
+        self.squares.append(float((a @ a + b @ b) / 2))
+        self._differences.append(float((a - b) @ (a - b) / 2))
+        self._products.append(float(a @ b))
+        self._sum = self._sum + (a + b).double() / 2
+
+    @property
+    def added(self) -> float:
+        """Variance given the completions."""
+        return statistics.fmean(self._differences)
+
+    @property
+    def squared_mean(self) -> float:
+        """Squared length of the mean gradient, unbiased: a group meets the others only, never itself."""
+        count = len(self.squares)
+        with_itself = math.fsum(self.squares) - math.fsum(self._differences) / 2
+        return (float(self._sum @ self._sum) - with_itself) / (count * (count - 1))
+
+    @property
+    def trace(self) -> float:
+        """Of the covariance of one group's gradient."""
+        return statistics.fmean(self.squares) - self.squared_mean
+
+    def over(self, other: Moments) -> tuple[float, float]:
+        """95 % of the ratio of two mean squares over resampled groups."""
+        draw = random.Random(0)
+        pairs, ratios = list(zip(self.squares, other.squares, strict=True)), []
+        for _ in range(_RESAMPLES):
+            chosen = draw.choices(pairs, k=len(pairs))
+            ratios.append(math.fsum(a for a, _ in chosen) / math.fsum(b for _, b in chosen))
+        cuts = statistics.quantiles(ratios, n=40)
+        return cuts[0], cuts[-1]
+
+    @property
+    def crossed_trace(self) -> float:
+        """The same without what the valuations add."""
+        return statistics.fmean(self._products) - self.squared_mean
 
 
-def _proxy(batch: _Batch, name: str, kind: str) -> float:
+def _tokens(groups: Sequence[_Valued], method: _Method) -> float:
+    """Of continuations, per token of a completion."""
+    if method.values is None:
+        return 0.0
+    costs = [group.cost for valued in groups for group in valued.pairs[method.values]]
+    return sum(cost.continuation_tokens for cost in costs) / sum(cost.primary_tokens for cost in costs)
+
+
+def _proxy(groups: Sequence[_Valued], method: _Method) -> float:
     """Mean over completions of sum_k A_k^2, as measured."""
-    from learner.advantages import ADVANTAGES
-
     sums = []
-    for group in batch.groups.get(name, batch.groups["fixed K=9"]):
-        for trajectory, of_tokens in zip(group.trajectories, ADVANTAGES[kind](group), strict=True):
-            assert of_tokens is not None, "the rewards of a benchmark never fail"
-            sums.append(math.fsum(of_tokens[start] ** 2 for start in trajectory.boundaries[:-1]))
+    for valued in groups:
+        of = valued.seen_by(method)[0]
+        sums.append(math.fsum(a * a for a in _per_segment(of, method.advantage)) / len(of.trajectories))
     return statistics.fmean(sums)
 
 
-def _predicted(batch: _Batch, values: FixedValues | AdaptiveValues | None, kind: str) -> float:
+def _predicted(groups: Sequence[_Valued], method: _Method) -> float:
     """The same by the law of the binomial; nan where it does not say."""
-    if kind == "grpo" or isinstance(values, AdaptiveValues) or (values and values.pooling != "none"):
+    plain = isinstance(method.values, FixedValues) and method.values.pooling == "none"
+    if not (isinstance(method.advantage, RlooAdvantage) or (plain and method.advantage == VineppoAdvantage())):
         return math.nan
     found = []
-    for group in batch.truth:
+    for group in (valued.seen_by(_METHODS[_REFERENCE])[0] for valued in groups):
         start = statistics.fmean(trajectory.values[0].mean for trajectory in group.trajectories)
         variance = start * (1 - start)
         for trajectory in group.trajectories:
             spreads = [value.mean * (1 - value.mean) for value in trajectory.values]
-            if values is None:
+            if method.values is None:
                 found.append(len(spreads) * variance)
             else:
-                found.append(variance + sum(a + b for a, b in pairwise([*spreads, 0.0])) / values.num_continuations)
+                found.append(
+                    variance + sum(a + b for a, b in pairwise([*spreads, 0.0])) / method.values.num_continuations
+                )
     return statistics.fmean(found)
 
 
-GRADIENT = Case(name="gradient", about="trace of the gradient's covariance under each estimator", run=run)
+GRADIENT = Case(name="gradient", about="trace of the gradient's covariance under each advantage", run=run)

@@ -10,8 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
 
 from ray_rl.types import Trajectory, TrajectoryGroup
+
+if TYPE_CHECKING:
+    from ray_rl.config.advantage import AdvantageConfig
 
 STD_FLOOR = 1e-6
 """Added to the standard deviation of a group's rewards."""
@@ -29,11 +33,15 @@ def group_relative(rewards: Sequence[float]) -> list[float]:
     Returns:
         [G]; zeros when all rewards are equal.
     """
+    scale = inverse_deviation(rewards)
+    return [deviation * scale for deviation in centered(rewards)]
+
+
+def inverse_deviation(rewards: Sequence[float]) -> float:
+    """1 / (std + 1e-6), population form; 0 where rewards do not differ."""
     deviations = centered(rewards)
-    if not deviations:
-        return []
-    std = math.sqrt(math.fsum(d * d for d in deviations) / len(deviations))
-    return [d / (std + STD_FLOOR) for d in deviations]
+    square = math.fsum(d * d for d in deviations) / max(len(deviations), 1)
+    return 1 / (math.sqrt(square) + STD_FLOOR) if square else 0.0
 
 
 def centered(rewards: Sequence[float]) -> list[float]:
@@ -66,19 +74,36 @@ def leave_one_out(rewards: Sequence[float]) -> list[float]:
     return [deviation * count / (count - 1) for deviation in centered(rewards)]
 
 
-def segment_advantages(values: Sequence[float], reward: float) -> list[float]:
-    """VinePPO: A_k = V(s_{k+1}) - V(s_k), and A of the last segment = R - V(s_{n-1}); gamma = 1 (arXiv 2410.01679).
+def segment_advantages(
+    values: Sequence[float], reward: float, *, gae_lambda: float = 0.0, baseline_smoothing: float = 0.0
+) -> list[float]:
+    """A_k = Q_k - B_k: what a segment leads to, less what it starts from; gamma = 1.
 
-    The reward comes with the last segment and the terminal state is worth 0, so the sum is R - V(s_0).
+    VinePPO (arXiv 2410.01679) takes the values themselves, Q_k = V(s_{k+1}) and B_k = V(s_k). The reward comes with the last
+    segment and the terminal state is worth 0, so that Q of the last is R and the sum of all A_k is R - V(s_0).
+
+    An estimate of V(s_{k+1}) from few continuations is noisy, and other numbers tell the same. What comes later on the way
+    does, R at last: Q_k = (1 - l) V(s_{k+1}) + l Q_{k+1} (the lambda-return; GAE, arXiv 1506.02438, section 3). And any
+    number known before the segment will do as a baseline: B_k = (1 - m) V(s_k) + m B_{k-1}. The expected gradient is the same
+    for every l and m (derived: E[Q_k | s_{k+1}] = V(s_{k+1}), and B_k does not depend on the segment). With values known exactly
+    0 is best for both; with K independent continuations, each as good as R, l = 1 / (K + 1) for a Q made of one value and R.
 
     Args:
         values: [n] of the state at which each segment starts.
         reward: R of the finished completion.
+        gae_lambda: l.
+        baseline_smoothing: m.
 
     Returns:
         [n]
     """
-    return [after - before for before, after in pairwise([*values, reward])]
+    targets = [reward]
+    for value in reversed(values[1:]):
+        targets.append((1 - gae_lambda) * value + gae_lambda * targets[-1])
+    baselines = list(values[:1])
+    for value in values[1:]:
+        baselines.append((1 - baseline_smoothing) * value + baseline_smoothing * baselines[-1])
+    return [target - baseline for target, baseline in zip(reversed(targets), baselines, strict=True)]
 
 
 def broadcast_to_tokens(per_segment: Sequence[float], boundaries: Sequence[int]) -> tuple[float, ...]:
@@ -120,30 +145,62 @@ def rloo_advantages(group: TrajectoryGroup) -> list[TokenAdvantages]:
     return _compared(group, leave_one_out)
 
 
-def vineppo_advantages(group: TrajectoryGroup) -> list[TokenAdvantages]:
+def vineppo_advantages(
+    group: TrajectoryGroup,
+    *,
+    gae_lambda: float = 0.0,
+    baseline_smoothing: float = 0.0,
+    scale: Literal["none", "group"] = "none",
+) -> list[TokenAdvantages]:
     """`segment_advantages` of each graded trajectory; [G].
+
+    Args:
+        group: of G trajectories.
+        gae_lambda: see `segment_advantages`.
+        baseline_smoothing: see there.
+        scale: `group`: times `group_scale`.
 
     Raises:
         ValueError: a trajectory without one value per segment.
     """
-    return [_valued(trajectory) for trajectory in group.trajectories]
+    factor = group_scale(group) if scale == "group" else 1.0
+
+    def rule(values: Sequence[float], reward: float) -> list[float]:
+        found = segment_advantages(values, reward, gae_lambda=gae_lambda, baseline_smoothing=baseline_smoothing)
+        return [factor * advantage for advantage in found]
+
+    return [_valued(trajectory, rule) for trajectory in group.trajectories]
 
 
-def _valued(trajectory: Trajectory) -> TokenAdvantages:
+def group_scale(group: TrajectoryGroup) -> float:
+    """By which `group_relative` multiplies the deviations of the group's graded rewards."""
+    return inverse_deviation([t.reward.value for t in group.trajectories if t.reward.failure is None])
+
+
+def _valued(trajectory: Trajectory, rule: Callable[[Sequence[float], float], list[float]]) -> TokenAdvantages:
     segments = len(trajectory.boundaries) - 1
     if len(trajectory.values) != segments:
         raise ValueError(f"{len(trajectory.values)} state values for {segments} segments: vineppo needs one each")
     if trajectory.reward.failure is not None or trajectory.values[0].count == 0:
         return None
     known = [value for value in trajectory.values if value.count > 0]
-    per_segment = segment_advantages([value.mean for value in known], trajectory.reward.value)
+    per_segment = rule([value.mean for value in known], trajectory.reward.value)
     return broadcast_to_tokens(per_segment, [*(value.boundary for value in known), trajectory.boundaries[-1]])
 
 
-ADVANTAGES: Mapping[str, Callable[[TrajectoryGroup], list[TokenAdvantages]]] = {
+ADVANTAGES: Mapping[str, Callable[..., list[TokenAdvantages]]] = {
     "grpo": grpo_advantages,
     "dr_grpo": dr_grpo_advantages,
     "rloo": rloo_advantages,
     "vineppo": vineppo_advantages,
 }
-"""`advantage.kind` -> function of a group."""
+"""`advantage.kind` -> function of a group and, by keyword, of that kind's own options."""
+
+
+def token_advantages(group: TrajectoryGroup, config: AdvantageConfig) -> list[TokenAdvantages]:
+    """One advantage per completion token of each trajectory, before whitening; [G].
+
+    Raises:
+        ValueError: `vineppo` on a group without state values.
+    """
+    return ADVANTAGES[config.kind](group, **config.model_dump(exclude={"kind", "whiten"}))

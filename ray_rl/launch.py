@@ -22,7 +22,7 @@ from actors.pool import ActorPool
 from actors.reward_actor import create_reward_actors, start_reward_actors
 from actors.rollout_actor import create_rollout_client
 from actors.weight_file import sweep
-from learner.advantages import ADVANTAGES
+from learner.advantages import token_advantages
 from learner.group import LearnerGroup
 from ray_rl.config import RunConfig
 from ray_rl.deadlines import wait
@@ -242,7 +242,7 @@ async def _record(recorder: GroupRecorder, config: RunConfig, step: int, groups:
     wanted = recorder.choose([collected.summary for collected in groups])
     for index in wanted:
         group = await wait(groups[index].ref, config.learner.step_timeout, what="a group to record")
-        recorder.write(step, group, ADVANTAGES[config.advantage.kind](group))
+        recorder.write(step, group, token_advantages(group, config.advantage))
 
 
 def _next_steps(report: RunReport) -> list[str]:

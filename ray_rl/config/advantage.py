@@ -36,6 +36,15 @@ class VineppoAdvantage(AdvantageSection):
     """The change of the expected reward over each segment (arXiv 2410.01679); needs `values`."""
 
     kind: Literal["vineppo"] = "vineppo"
+    gae_lambda: float = Field(0.0, ge=0, le=1)
+    """Share of later states' values, and at last of the completion's own reward, in what a segment is taken to lead to
+    (GAE, arXiv 1506.02438, section 3, with gamma = 1). 0: the next state's value alone, the published method."""
+    baseline_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of earlier states' values in what a segment is taken to start from. 0: the state's own value alone, the
+    published method. Neither share biases the gradient; they trade the noise of estimated values for that of rewards."""
+    scale: Literal["none", "group"] = "none"
+    """`group`: divided by the standard deviation of the group's rewards, as GRPO's are, so that prompts which are seldom or
+    nearly always solved weigh more; a group of equal rewards teaches nothing."""
 
 
 AdvantageConfig = Annotated[

@@ -5,6 +5,7 @@ from statistics import mean, pstdev
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from learner.advantages import (
     ADVANTAGES,
@@ -13,7 +14,9 @@ from learner.advantages import (
     group_relative,
     leave_one_out,
     segment_advantages,
+    token_advantages,
 )
+from ray_rl.config.advantage import GrpoAdvantage, VineppoAdvantage
 from tests.learner.groups import make_group, make_trajectory
 
 finite = st.floats(min_value=-100, max_value=100)
@@ -58,6 +61,49 @@ def test_segment_advantages_by_hand():
 @given(st.lists(finite, min_size=1, max_size=30), finite)
 def test_segment_advantages_sum_to_the_surprise(values, reward):
     assert sum(segment_advantages(values, reward)) == pytest.approx(reward - values[0], abs=1e-9)
+
+
+def test_smoothed_segment_advantages_by_hand():
+    # Targets from the end: 1; (1 - l) .25 + l 1 = .4375; (1 - l) .75 + l .4375 = .671875 (l = 1/4).
+    assert segment_advantages([0.5, 0.75, 0.25], 1.0, gae_lambda=0.25) == [0.671875 - 0.5, 0.4375 - 0.75, 1 - 0.25]
+    # Baselines from the start: .5; .5 .75 + .5 .5 = .625; .5 .25 + .5 .625 = .4375 (m = 1/2).
+    assert segment_advantages([0.5, 0.75, 0.25], 1.0, baseline_smoothing=0.5) == [0.75 - 0.5, 0.25 - 0.625, 1 - 0.4375]
+
+
+@given(st.lists(finite, min_size=1, max_size=30), finite)
+def test_lambda_one_is_the_reward_minus_the_states_value(values, reward):
+    expected = [reward - value for value in values]
+    assert segment_advantages(values, reward, gae_lambda=1.0) == pytest.approx(expected, abs=1e-9)
+
+
+@given(st.lists(finite, min_size=1, max_size=30), finite, st.floats(0, 1))
+def test_lambda_returns_are_sums_of_discounted_changes(values, reward, lam):
+    # GAE's own form: A_k = sum_j lambda^j delta_{k+j}.
+    deltas = segment_advantages(values, reward)
+    expected = [sum(lam**j * delta for j, delta in enumerate(deltas[k:])) for k in range(len(deltas))]
+    assert segment_advantages(values, reward, gae_lambda=lam) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("smoothed", [{}, {"gae_lambda": 0.3}, {"baseline_smoothing": 0.5}])
+def test_smoothing_keeps_the_expected_gradient(smoothed):
+    # A chain of two free choices with logits a and b (score: 1 - pi if 1 was taken, else -pi), values from one continuation
+    # each. All choices and all samples are enumerated; the gradient must be that of the expected reward.
+    rewards = {(0, 0): 0.2, (0, 1): 0.9, (1, 0): 0.5, (1, 1): 0.0}
+    first, second = {0: 0.3, 1: 0.7}, {0: {0: 0.4, 1: 0.6}, 1: {0: 0.9, 1: 0.1}}
+    paths = {(x, y): first[x] * second[x][y] for x in (0, 1) for y in (0, 1)}
+    exact = {x: sum(second[x][y] * rewards[x, y] for y in (0, 1)) for x in (0, 1)}
+    gradient = [0.0, 0.0, 0.0]  # with respect to the first choice's logit, and the second's after 0 and after 1
+    for (x, y), p in paths.items():
+        for start, p_start in paths.items():  # a continuation of the prompt
+            for z in (0, 1):  # a continuation of the state after x
+                weight = p * p_start * second[x][z]
+                values = [rewards[start], rewards[x, z]]
+                advantages = segment_advantages(values, rewards[x, y], **smoothed)
+                gradient[0] += weight * advantages[0] * (x - first[1])
+                gradient[1 + x] += weight * advantages[1] * (y - second[x][1])
+    expected = [first[0] * first[1] * (exact[1] - exact[0])]
+    expected += [first[x] * second[x][0] * second[x][1] * (rewards[x, 1] - rewards[x, 0]) for x in (0, 1)]
+    assert gradient == pytest.approx(expected, abs=1e-12)
 
 
 @given(st.lists(st.tuples(finite, st.integers(1, 5)), min_size=1, max_size=8))
@@ -123,6 +169,27 @@ def test_second_moments_of_the_chain_of_segments(n, broadcast, exact, k9, k3, k1
 def test_vineppo_gives_each_segment_its_own_and_the_last_token_the_last_ones():
     group = make_group(make_trajectory([5, 6, 7, 0], 1.0, boundaries=(0, 1, 4), values=(0.5, 0.25)))
     assert ADVANTAGES["vineppo"](group) == [(-0.25, 0.75, 0.75, 0.75)]
+
+
+def test_the_configured_smoothing_is_used_and_needs_vineppo():
+    group = make_group(make_trajectory([5, 6, 7], 1.0, boundaries=(0, 1, 2, 3), values=(0.5, 0.75, 0.25)))
+    config = VineppoAdvantage(gae_lambda=0.25, baseline_smoothing=0.5, whiten="batch")
+    assert token_advantages(group, config) == [(0.671875 - 0.5, 0.4375 - 0.625, 1 - 0.4375)]
+    with pytest.raises(ValidationError, match="gae_lambda"):
+        GrpoAdvantage(gae_lambda=0.25)
+
+
+def test_scaled_by_the_group_vineppo_weighs_prompts_as_grpo_does():
+    right = make_trajectory([5, 6], 1.0, boundaries=(0, 1, 2), values=(0.25, 0.75))
+    wrong = [make_trajectory([7], 0.0, boundaries=(0, 1), values=(0.25,)) for _ in range(3)]
+    failed = make_trajectory([8], 1.0, boundaries=(0, 1), values=(0.25,), failure="timeout after 5.0 s")
+    group = make_group(right, *wrong, failed)
+    std = math.sqrt(3) / 4
+    scaled = token_advantages(group, VineppoAdvantage(scale="group"))
+    assert scaled[0] == pytest.approx((0.5 / std, 0.25 / std), rel=1e-5)
+    assert scaled[1] == pytest.approx((-0.25 / std,), rel=1e-5)
+    assert scaled[4] is None
+    assert token_advantages(make_group(*wrong), VineppoAdvantage(scale="group")) == [(0.0,)] * 3
 
 
 def test_a_failed_grading_neither_trains_nor_moves_the_baseline_of_its_group():
