@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from ray_rl.types import Trajectory, TrajectoryGroup
 
@@ -33,15 +34,11 @@ def group_relative(rewards: Sequence[float]) -> list[float]:
     Returns:
         [G]; zeros when all rewards are equal.
     """
-    scale = inverse_deviation(rewards)
-    return [deviation * scale for deviation in centered(rewards)]
-
-
-def inverse_deviation(rewards: Sequence[float]) -> float:
-    """1 / (std + 1e-6), population form; 0 where rewards do not differ."""
     deviations = centered(rewards)
-    square = math.fsum(d * d for d in deviations) / max(len(deviations), 1)
-    return 1 / (math.sqrt(square) + STD_FLOOR) if square else 0.0
+    if not deviations:
+        return []
+    std = math.sqrt(math.fsum(d * d for d in deviations) / len(deviations))
+    return [d / (std + STD_FLOOR) for d in deviations]
 
 
 def centered(rewards: Sequence[float]) -> list[float]:
@@ -146,35 +143,15 @@ def rloo_advantages(group: TrajectoryGroup) -> list[TokenAdvantages]:
 
 
 def vineppo_advantages(
-    group: TrajectoryGroup,
-    *,
-    gae_lambda: float = 0.0,
-    baseline_smoothing: float = 0.0,
-    scale: Literal["none", "group"] = "none",
+    group: TrajectoryGroup, *, gae_lambda: float = 0.0, baseline_smoothing: float = 0.0
 ) -> list[TokenAdvantages]:
     """`segment_advantages` of each graded trajectory; [G].
-
-    Args:
-        group: of G trajectories.
-        gae_lambda: see `segment_advantages`.
-        baseline_smoothing: see there.
-        scale: `group`: times `group_scale`.
 
     Raises:
         ValueError: a trajectory without one value per segment.
     """
-    factor = group_scale(group) if scale == "group" else 1.0
-
-    def rule(values: Sequence[float], reward: float) -> list[float]:
-        found = segment_advantages(values, reward, gae_lambda=gae_lambda, baseline_smoothing=baseline_smoothing)
-        return [factor * advantage for advantage in found]
-
+    rule = partial(segment_advantages, gae_lambda=gae_lambda, baseline_smoothing=baseline_smoothing)
     return [_valued(trajectory, rule) for trajectory in group.trajectories]
-
-
-def group_scale(group: TrajectoryGroup) -> float:
-    """By which `group_relative` multiplies the deviations of the group's graded rewards."""
-    return inverse_deviation([t.reward.value for t in group.trajectories if t.reward.failure is None])
 
 
 def _valued(trajectory: Trajectory, rule: Callable[[Sequence[float], float], list[float]]) -> TokenAdvantages:

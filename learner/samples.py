@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from learner.advantages import TokenAdvantages, group_scale, token_advantages
-from ray_rl.config.advantage import VineppoAdvantage
+from learner.advantages import TokenAdvantages, token_advantages
 from ray_rl.types import Completion, TrainingSample, TrajectoryGroup
 
 if TYPE_CHECKING:
@@ -28,8 +27,7 @@ def training_samples(group: TrajectoryGroup, config: RunConfig) -> list[Training
     """
     samples = completion_samples(group, token_advantages(group, config.advantage))
     if config.trains_on_continuations:
-        scaled = isinstance(config.advantage, VineppoAdvantage) and config.advantage.scale == "group"
-        samples += continuation_samples(group, scale=group_scale(group) if scaled else 1.0)
+        samples += continuation_samples(group)
     threshold = config.learner.loss.confident_above
     if threshold is not None:
         samples = [without_confident_tokens(sample, threshold) for sample in samples]
@@ -50,8 +48,8 @@ def completion_samples(group: TrajectoryGroup, advantages: Sequence[TokenAdvanta
     ]
 
 
-def continuation_samples(group: TrajectoryGroup, *, scale: float = 1.0) -> list[TrainingSample]:
-    """Prompt, prefix and own tokens of each continuation; its own train, with weight 1 and A = scale (r - V(s)).
+def continuation_samples(group: TrajectoryGroup) -> list[TrainingSample]:
+    """Prompt, prefix and own tokens of each continuation; its own train, with weight 1 and A = r - V(s).
 
     A continuation is a sample of the policy from a state s whose value is known. V(s) leaves its own reward out
     (`Continuation.baseline`), else A would shrink by (K - 1) / K. One whose baseline is unknown or whose grading
@@ -62,7 +60,7 @@ def continuation_samples(group: TrajectoryGroup, *, scale: float = 1.0) -> list[
         if math.isnan(continuation.baseline) or continuation.reward.failure is not None:
             continue
         passing = group.trajectories[continuation.trajectory].completion
-        advantage = scale * (continuation.reward.value - continuation.baseline)
+        advantage = continuation.reward.value - continuation.baseline
         sample = _sample(
             group.prompt.token_ids + passing.token_ids[: continuation.boundary],
             continuation.completion,

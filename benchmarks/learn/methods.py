@@ -22,6 +22,12 @@ METHODS: Mapping[str, Sequence[str]] = {
     "adaptive unbiased": ("advantage.kind=vineppo", "values={kind: adaptive, max_bias: 0}"),
     # The adaptive estimator spends nothing on decided groups; others take their place.
     "adaptive refilled": ("advantage.kind=vineppo", "values={kind: adaptive}", "training.decided_groups=refill"),
+    # As the recipes have it.
+    "adaptive smoothed refilled": (
+        "advantage={kind: vineppo, gae_lambda: 0.3, baseline_smoothing: 0.5}",
+        "values={kind: adaptive}",
+        "training.decided_groups=refill",
+    ),
     "adaptive trained": ("advantage.kind=vineppo", "values={kind: adaptive, train_on_continuations: true}"),
 }
 """Name -> overrides."""

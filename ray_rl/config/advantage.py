@@ -42,9 +42,6 @@ class VineppoAdvantage(AdvantageSection):
     baseline_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of earlier states' values in what a segment is taken to start from. 0: the state's own value alone, the
     published method. Neither share biases the gradient; they trade the noise of estimated values for that of rewards."""
-    scale: Literal["none", "group"] = "none"
-    """`group`: divided by the standard deviation of the group's rewards, as GRPO's are, so that prompts which are seldom or
-    nearly always solved weigh more; a group of equal rewards teaches nothing."""
 
 
 AdvantageConfig = Annotated[

@@ -179,19 +179,6 @@ def test_the_configured_smoothing_is_used_and_needs_vineppo():
         GrpoAdvantage(gae_lambda=0.25)
 
 
-def test_scaled_by_the_group_vineppo_weighs_prompts_as_grpo_does():
-    right = make_trajectory([5, 6], 1.0, boundaries=(0, 1, 2), values=(0.25, 0.75))
-    wrong = [make_trajectory([7], 0.0, boundaries=(0, 1), values=(0.25,)) for _ in range(3)]
-    failed = make_trajectory([8], 1.0, boundaries=(0, 1), values=(0.25,), failure="timeout after 5.0 s")
-    group = make_group(right, *wrong, failed)
-    std = math.sqrt(3) / 4
-    scaled = token_advantages(group, VineppoAdvantage(scale="group"))
-    assert scaled[0] == pytest.approx((0.5 / std, 0.25 / std), rel=1e-5)
-    assert scaled[1] == pytest.approx((-0.25 / std,), rel=1e-5)
-    assert scaled[4] is None
-    assert token_advantages(make_group(*wrong), VineppoAdvantage(scale="group")) == [(0.0,)] * 3
-
-
 def test_a_failed_grading_neither_trains_nor_moves_the_baseline_of_its_group():
     graded = [make_trajectory([5], 1.0), make_trajectory([6], 0.0)]
     failed = make_trajectory([7, 8], -1.0, failure="timeout after 5.0 s")

@@ -101,17 +101,6 @@ def test_a_continuation_trains_its_own_tokens_by_its_surprise():
     assert sample.is_continuation
 
 
-def test_continuations_are_scaled_as_the_completions_of_their_group_are():
-    group = make_group(
-        make_trajectory([5, 6], 1.0, values=(0.5,)),
-        make_trajectory([7], 0.0, values=(0.5,)),
-        continuations=[make_continuation(0, 1, [8])],
-    )
-    plain, scaled = (training_samples(group, valuing(*of)) for of in ((), ("advantage.scale=group",)))
-    for one, other in zip(plain, scaled, strict=True):  # rewards 1 and 0 deviate by 1/2
-        assert other.advantages == pytest.approx([2 * advantage for advantage in one.advantages], rel=1e-5)
-
-
 def test_continuations_train_only_where_the_run_says_so():
     group = make_group(make_trajectory([5, 6], 1.0, values=(0.5,)), continuations=[make_continuation(0, 1, [8])])
     (sample,) = training_samples(group, resolve_config({}, []))
