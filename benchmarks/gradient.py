@@ -104,9 +104,7 @@ def run(options: Options) -> CaseResult:
                 "from": low,
                 "to": high,
                 "of it from continuations": moments.added / broadcast.trace,
-                "trace over squared mean": moments.trace / moments.squared_mean
-                if moments.squared_mean > 0
-                else math.nan,
+                "trace over squared mean": moments.noise_over_signal,
                 "proxy": _proxy(groups, method),
                 "predicted": _predicted(groups, method),
             }
@@ -154,7 +152,6 @@ async def _sample(config: RunConfig, count: int) -> list[_Valued]:
 
 async def _value(subject: Subject) -> _Valued:
     completions = await subject.group(subject.next_prompt())
-
     banks = Bank(subject.engine), Bank(subject.engine)
     first, second = [
         {values: await subject.valued(completions, values, bank.reader()) for values in _VALUES.values()}
@@ -235,6 +232,17 @@ class Moments:
         """Of the covariance of one group's gradient."""
         return statistics.fmean(self.squares) - self.squared_mean
 
+    @property
+    def crossed_trace(self) -> float:
+        """The same without what the valuations add."""
+        return statistics.fmean(self._products) - self.squared_mean
+
+    @property
+    def noise_over_signal(self) -> float:
+        """Trace over squared mean; nan where the groups are too few to tell the mean from 0."""
+        signal = self.squared_mean
+        return self.trace / signal if signal > 0 else math.nan
+
     def over(self, other: Moments) -> tuple[float, float]:
         """95 % of the ratio of two mean squares over resampled groups."""
         draw = random.Random(0)
@@ -244,11 +252,6 @@ class Moments:
             ratios.append(math.fsum(a for a, _ in chosen) / math.fsum(b for _, b in chosen))
         cuts = statistics.quantiles(ratios, n=40)
         return cuts[0], cuts[-1]
-
-    @property
-    def crossed_trace(self) -> float:
-        """The same without what the valuations add."""
-        return statistics.fmean(self._products) - self.squared_mean
 
 
 def _tokens(groups: Sequence[_Valued], method: _Method) -> float:

@@ -84,7 +84,10 @@ def test_lambda_returns_are_sums_of_discounted_changes(values, reward, lam):
     assert segment_advantages(values, reward, gae_lambda=lam) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("smoothed", [{}, {"gae_lambda": 0.3}, {"baseline_smoothing": 0.5}])
+@pytest.mark.parametrize(
+    "smoothed",
+    [{}, {"gae_lambda": 0.3}, {"baseline_smoothing": 0.5}, {"gae_lambda": 0.3, "baseline_smoothing": 0.5}],
+)
 def test_smoothing_keeps_the_expected_gradient(smoothed):
     # A chain of two free choices with logits a and b (score: 1 - pi if 1 was taken, else -pi), values from one continuation
     # each. All choices and all samples are enumerated; the gradient must be that of the expected reward.
