@@ -2,7 +2,8 @@
 
 A failed grading says nothing about its completion: such a trajectory does not train (its tokens leave the loss mask,
 and with it every count) and is left out of its group's baseline. A state whose continuations all failed to be graded
-has no value: the segments on both its sides become one, which keeps the sum of the advantages exact.
+has no value: the segments on both its sides become one, which keeps the sum of the advantages exact where they are not
+smoothed.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ SMALL = [
     "evaluation.problems=8",
     "logging.groups_per_step=4",
 ]
+PUBLISHED = ("advantage.gae_lambda=0", "advantage.baseline_smoothing=0")
+"""VinePPO's own advantages, whose sum is R - V(s_0); the recipe smooths them."""
 MARK = "RAY_RL_TEST_RUN"
 
 
@@ -89,7 +91,9 @@ def interrupted(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "vineppo"
     mark = uuid.uuid4().hex
     before = shared_memory_files()
-    process = start("train", "laptop-vineppo", *SMALL, "training.steps=500", "--run-dir", str(folder), mark=mark)
+    process = start(
+        "train", "laptop-vineppo", *SMALL, *PUBLISHED, "training.steps=500", "--run-dir", str(folder), mark=mark
+    )
     wait_for_step(folder, 2, process)
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=120)
