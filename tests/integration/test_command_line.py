@@ -100,7 +100,8 @@ def interrupted(tmp_path_factory) -> Path:
     assert process.returncode == 130, output
     assert f"train --resume {folder}" in output
     assert survivors(mark) == []
-    assert shared_memory_files() == before
+    # What an earlier process left may be swept meanwhile; this run must leave nothing of its own.
+    assert shared_memory_files() <= before
     return folder
 
 
