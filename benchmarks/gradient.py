@@ -164,23 +164,24 @@ class _Scores:
     """Gradients of the segments' log-probabilities at the policy that sampled them."""
 
     def __init__(self, config: RunConfig) -> None:
-        from learner.model import load_model
+        from learner.model import Policy, load_model
         from ray_rl.launch import model_source
 
-        self._model = load_model(config.model, model_source(config))
+        self._policy = Policy(load_model(config.model, model_source(config)))
 
     def of(self, group: TrajectoryGroup) -> torch.Tensor:
         """[segments of all completions, parameters]."""
         import torch
 
-        from learner.model import token_logprobs_and_entropy
+        from learner.batches import pack_sequences
 
-        parameters = list(self._model.parameters())
+        parameters = list(self._policy.parameters())
         rows = []
         for trajectory in group.trajectories:
-            ids = torch.tensor([group.prompt.token_ids + trajectory.completion.token_ids])
-            (logprobs,), _ = token_logprobs_and_entropy(self._model, ids, torch.ones_like(ids), 1.0)
-            of_completion = logprobs[len(logprobs) - len(trajectory.completion.token_ids) :]
+            prompt, completion = group.prompt.token_ids, trajectory.completion.token_ids
+            sequences = pack_sequences([prompt + completion], torch.device("cpu"))
+            predicting = torch.arange(len(completion)) + len(prompt) - 1
+            of_completion, _ = self._policy(sequences, predicting, torch.tensor(completion), 1.0)
             for start, end in pairwise(trajectory.boundaries):
                 of_segment = torch.autograd.grad(of_completion[start:end].sum(), parameters, retain_graph=True)
                 rows.append(torch.cat([gradient.flatten() for gradient in of_segment]))

@@ -1,36 +1,87 @@
-"""Samples as padded tensors, the totals of a minibatch, and quantities per token that all ranks know."""
+"""Samples as one packed row of tokens, the totals of a minibatch, and quantities per loss token that all ranks know."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from learner.distributed import sum_over_ranks
-from learner.losses import LossTotals
-from learner.packing import FILLER, pack
+from learner.losses import LossTokens, LossTotals
+from learner.packing import pack
 from ray_rl.types import Microbatch, TrainingSample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TensorBatch:
-    """The sequences of one forward pass, padded on the right to L tokens; target t of [L - 1] is token t + 1."""
+class PackedSequences:
+    """Sequences end to end in one row of T tokens, without padding; none attends to another."""
 
     input_ids: Tensor
-    """[B, L] int64"""
-    attention_mask: Tensor
-    """[B, L] int64, 1 on tokens; the first column is 1 on filler rows too."""
-    loss_mask: Tensor
-    """[B, L - 1] bool"""
+    """[1, T] int64"""
+    position_ids: Tensor
+    """[1, T] int64, from 0 in each sequence."""
+    starts: Tensor
+    """[S + 1] int32: offsets at which the sequences start, and T."""
+    longest: int
+    """Tokens of the longest sequence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """The sequences of one forward pass, and what is known of their N loss tokens, sequence by sequence."""
+
+    sequences: PackedSequences
+    predicting: Tensor
+    """[N] int64: the positions in the row whose hidden states predict the loss tokens."""
+    targets: Tensor
+    """[N] int64: the loss tokens."""
     advantages: Tensor
-    """[B, L - 1] float32"""
+    """[N] float32"""
     behavior_logprobs: Tensor
-    """[B, L - 1] float32"""
-    weights: Tensor
-    """[B, L - 1] float32, zero outside the loss mask."""
+    """[N] float32"""
+    tokens: LossTokens
+
+
+def pack_sequences(rows: Sequence[Sequence[int]], device: torch.device) -> PackedSequences:
+    """Of token ids; no sequence at all becomes a single token, since models take no empty row."""
+    rows = rows or [(0,)]
+    lengths = [len(row) for row in rows]
+    return PackedSequences(
+        input_ids=torch.tensor([[token for row in rows for token in row]], device=device),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(device),
+        starts=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
+        longest=max(lengths),
+    )
+
+
+def packed_batch(samples: Sequence[TrainingSample], microbatch: Microbatch, device: torch.device) -> PackedBatch:
+    """The microbatch's rows of `samples`."""
+    rows = [samples[index] for index in microbatch.indices]
+    starts = [0, *accumulate(len(row.token_ids) for row in rows)]
+    trained = [[t for t, trains in enumerate(row.loss_mask) if trains] for row in rows]
+
+    def of_tokens(values: Callable[[TrainingSample], Sequence[float]], dtype: torch.dtype) -> Tensor:
+        flat = [values(row)[t] for row, places in zip(rows, trained, strict=True) for t in places]
+        return torch.tensor(flat, dtype=dtype, device=device)
+
+    predicting = [start + t - 1 for start, places in zip(starts, trained, strict=False) for t in places]
+    counts = torch.tensor([len(places) for places in trained], dtype=torch.int64, device=device)
+    return PackedBatch(
+        sequences=pack_sequences([row.token_ids for row in rows], device),
+        predicting=torch.tensor(predicting, dtype=torch.int64, device=device),
+        targets=of_tokens(lambda row: row.token_ids, torch.int64),
+        advantages=of_tokens(lambda row: row.advantages, torch.float32),
+        behavior_logprobs=of_tokens(lambda row: row.behavior_logprobs, torch.float32),
+        tokens=LossTokens(
+            weights=of_tokens(lambda row: row.weights, torch.float32),
+            sequence=torch.repeat_interleave(torch.arange(len(rows), device=device), counts),
+            counts=counts,
+        ),
+    )
 
 
 def loss_totals(samples: Sequence[TrainingSample], *, max_tokens: int) -> LossTotals:
@@ -48,65 +99,34 @@ def loss_totals(samples: Sequence[TrainingSample], *, max_tokens: int) -> LossTo
     )
 
 
-def tensor_batch(samples: Sequence[TrainingSample], microbatch: Microbatch, device: torch.device) -> TensorBatch:
-    """The microbatch's rows of `samples`; a filler row has no loss tokens and attends to its first position alone."""
-    rows = [_FILLER_SAMPLE if index == FILLER else samples[index] for index in microbatch.indices]
-    lengths = torch.tensor([len(row.token_ids) for row in rows])
-    attention_mask = (torch.arange(int(lengths.max())).unsqueeze(0) < lengths.unsqueeze(1)).long()
-    return TensorBatch(
-        input_ids=_padded([row.token_ids for row in rows], torch.int64).to(device),
-        attention_mask=attention_mask.to(device),
-        loss_mask=_padded([row.loss_mask for row in rows], torch.bool)[:, 1:].to(device),
-        advantages=_padded([row.advantages for row in rows], torch.float32)[:, 1:].to(device),
-        behavior_logprobs=_padded([row.behavior_logprobs for row in rows], torch.float32)[:, 1:].to(device),
-        weights=_padded([row.weights for row in rows], torch.float32)[:, 1:].to(device),
-    )
-
-
-_FILLER_SAMPLE = TrainingSample(
-    token_ids=(0, 0),
-    loss_mask=(False, False),
-    behavior_logprobs=(0.0, 0.0),
-    advantages=(0.0, 0.0),
-    weights=(0.0, 0.0),
-)
-
-
-def _padded(rows: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True)
-
-
 class TokenTable:
-    """One float32 per target token of each sample, on all ranks; made once per step, read by any minibatch."""
+    """One float32 per loss token of each sample, on all ranks; made once per step, read by any minibatch."""
 
     def __init__(self, samples: Sequence[TrainingSample], device: torch.device) -> None:
-        lengths = [len(sample.token_ids) - 1 for sample in samples]
-        self._starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+        self._starts = [0, *accumulate(sample.loss_tokens for sample in samples)]
         self._values = torch.zeros(self._starts[-1], device=device)
 
     def fill(
         self,
         samples: Sequence[TrainingSample],
-        compute: Callable[[TensorBatch], Tensor],
+        compute: Callable[[PackedBatch], Tensor],
         *,
         rank: int,
         world_size: int,
-        microbatch_size: int,
+        microbatch_tokens: int,
     ) -> None:
-        """Compute a share of the samples on each rank ([B, L - 1] for each microbatch) and exchange the results."""
+        """Compute a share of the samples on each rank ([N] for each microbatch) and exchange the results."""
         lengths = [len(sample.token_ids) for sample in samples]
-        for microbatch in pack(lengths, ranks=world_size, microbatch_size=microbatch_size)[rank]:
-            rows = compute(tensor_batch(samples, microbatch, self._values.device))
-            for index, row in zip(microbatch.indices, rows, strict=True):
-                if index != FILLER:
-                    target = self._row(index)
-                    target.copy_(row[: len(target)])
+        for microbatch in pack(lengths, ranks=world_size, microbatch_tokens=microbatch_tokens)[rank]:
+            found = compute(packed_batch(samples, microbatch, self._values.device))
+            counts = [samples[index].loss_tokens for index in microbatch.indices]
+            for index, of_sample in zip(microbatch.indices, found.split(counts) if counts else (), strict=True):
+                self._of(index).copy_(of_sample)
         sum_over_ranks(self._values)
 
     def rows(self, indices: Sequence[int]) -> Tensor:
-        """[B, L - 1] of these samples, padded with zeros on the right; a filler row is one zero."""
-        parts = [self._values.new_zeros(1) if index == FILLER else self._row(index) for index in indices]
-        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        """[N] of these samples' loss tokens, end to end."""
+        return torch.cat([self._values[:0], *(self._of(index) for index in indices)])
 
-    def _row(self, index: int) -> Tensor:
+    def _of(self, index: int) -> Tensor:
         return self._values[self._starts[index] : self._starts[index + 1]]

@@ -38,11 +38,14 @@ class CheckpointError(ConfigError):
 
 
 def save_checkpoint(engine: LearnerEngine, folder: Path) -> None:
-    """Weights, master weights, optimizer moments and schedule of all ranks.
+    """Weights, master weights, optimizer moments and schedule of all ranks, and a reference that was refreshed.
 
     A folder of that name is replaced.
     """
-    _write_whole(folder, engine.rank, lambda partial: engine.deepspeed.save_checkpoint(partial, tag=TAG))
+    state = {"reference": engine.reference_parameters()}
+    _write_whole(
+        folder, engine.rank, lambda partial: engine.deepspeed.save_checkpoint(partial, tag=TAG, client_state=state)
+    )
 
 
 def load_checkpoint(engine: LearnerEngine, folder: Path) -> None:
@@ -56,9 +59,11 @@ def load_checkpoint(engine: LearnerEngine, folder: Path) -> None:
     saved = len(list((folder / TAG).glob("*zero_pp_rank_*_optim_states.pt")))
     if saved not in (0, engine.world_size):
         raise CheckpointError(f"{folder}: saved by {saved} ranks, not {engine.world_size}; use learner.ranks={saved}")
-    path, _ = engine.deepspeed.load_checkpoint(str(folder), tag=TAG)
+    path, state = engine.deepspeed.load_checkpoint(str(folder), tag=TAG)
     if path is None:
         raise CheckpointError(f"{folder}: DeepSpeed could not read the checkpoint")
+    if (reference := state.get("reference")) is not None:
+        engine.restore_reference(reference)
 
 
 def export_model(engine: LearnerEngine, model_path: str | os.PathLike[str], folder: Path) -> None:
@@ -75,7 +80,7 @@ def export_model(engine: LearnerEngine, model_path: str | os.PathLike[str], fold
     def write(partial: str) -> None:
         weights = _weights_on_rank_0(engine)
         if engine.rank == 0:
-            engine.deepspeed.module.save_pretrained(partial, state_dict=weights)
+            engine.model.save_pretrained(partial, state_dict=weights)
             _copy_tokenizer(engine, model_path, Path(partial))
 
     _write_whole(folder, engine.rank, write)
@@ -86,7 +91,7 @@ def _weights_on_rank_0(engine: LearnerEngine) -> dict[str, Tensor]:
     for name, tensor in engine.named_parameters_gathered():
         if engine.rank == 0:
             weights[name] = tensor.cpu()
-    module = engine.deepspeed.module
+    module = engine.model
     persistent = module.state_dict().keys() - {name for name, _ in module.named_parameters(remove_duplicate=False)}
     return weights | {name: buffer.cpu() for name, buffer in module.named_buffers() if name in persistent}
 

@@ -21,7 +21,8 @@ def deepspeed_config(config: LearnerConfig, dtype: Dtype) -> dict[str, Any]:
     optimizer = config.optimizer
     stage = config.zero_stage if dtype == "float32" else max(config.zero_stage, 1)
     ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.microbatch_size,
+        # Only DeepSpeed's own timers would read it: how many sequences a microbatch holds varies.
+        "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": optimizer.grad_clip,
@@ -36,15 +37,19 @@ def deepspeed_config(config: LearnerConfig, dtype: Dtype) -> dict[str, Any]:
                 "torch_adam": True,
             },
         },
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, **(_OFFLOAD if config.offload_optimizer else {})},
+        # Offloaded, torch's AdamW updates as well; DeepSpeed's own would have to be compiled.
+        "zero_force_ds_cpu_optimizer": False,
         **_NUMBER_FORMATS[dtype],
     }
     return merge(ours, config.deepspeed)
 
 
+_OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
 _NUMBER_FORMATS: Mapping[str, dict[str, Any]] = {
     "float32": {},
-    "bfloat16": {"bf16": {"enabled": True}},
+    # Gradients of many microbatches, each added in bfloat16, would lose a percent.
+    "bfloat16": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
     "float16": {"fp16": {"enabled": True}},
 }
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from learner.batches import TensorBatch, TokenTable, loss_totals, tensor_batch
+from learner.adapters import add_adapters, plain_parameters, without_adapters
+from learner.batches import PackedBatch, TokenTable, loss_totals, pack_sequences, packed_batch
 from learner.distributed import choose_device, meet, sum_over_ranks
-from learner.losses import AGGREGATIONS, LossTotals, clipped_surrogate, kl_estimate, weighted_sum
-from learner.model import gathered, load_model, token_logprobs_and_entropy, vocabulary_size
+from learner.losses import AGGREGATIONS, SURROGATES, Clip, LossTotals, importance_weights, kl_estimate, weighted_sum
+from learner.model import Policy, gathered, load_model, vocabulary_size
 from learner.packing import pack, split_minibatches
 from learner.policy import initialize_policy, initialize_reference, reduce_gradients
 from learner.samples import whiten
@@ -26,6 +28,9 @@ from learner.step_statistics import MicrobatchOutcome, StepStatistics, batch_met
 from ray_rl.config.run import RunConfig
 from ray_rl.errors import RunError
 from ray_rl.types import Microbatch, TrainingSample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +46,8 @@ class _Minibatch:
     totals: LossTotals
 
     def batch_indices(self, microbatch: Microbatch) -> list[int]:
-        """Rows of the microbatch as indices of the batch's samples; fillers stay fillers."""
-        return [index if index < 0 else self.indices[index] for index in microbatch.indices]
+        """Rows of the microbatch as indices of the batch's samples."""
+        return [self.indices[index] for index in microbatch.indices]
 
 
 class LearnerEngine:
@@ -70,13 +75,17 @@ class LearnerEngine:
         self.device = choose_device(config.learner)
         meet(self.device, rank, world_size, config.learner.step_timeout, store)
         policy = load_model(config.model, model_path)
+        if config.learner.lora is not None:
+            add_adapters(policy, config.learner.lora)
         self.vocab_size = vocabulary_size(policy)
-        self.deepspeed = initialize_policy(policy, config)
+        heads = {"recompute_head": config.learner.recompute_head, "float32_head": config.learner.float32_head}
+        self.deepspeed = initialize_policy(Policy(policy, **heads), config)
         self._sharded = self.deepspeed.zero_optimization_stage() == 3
         self._reference = None
-        if config.learner.kl.coefficient > 0:
+        self._penalizes = config.learner.kl.coefficient > 0
+        if self._penalizes and config.learner.lora is None:
             frozen = load_model(config.model, model_path, trainable=False)
-            self._reference = initialize_reference(frozen, config, self.device)
+            self._reference = initialize_reference(Policy(frozen, **heads), config, self.device)
 
     def train(self, samples: Sequence[TrainingSample], step: int) -> dict[str, float]:
         """One training step: every epoch and minibatch of the batch.
@@ -100,22 +109,41 @@ class LearnerEngine:
             samples = whiten(samples)
         # With a single optimizer step the policy of the loss still is the policy at the start of the step.
         old = self._table(self.deepspeed, samples) if len(order) > 1 else None
-        reference = self._table(self._reference, samples) if self._reference is not None else None
-        statistics = StepStatistics(self.device)
+        reference = self._reference_table(samples) if self._penalizes else None
+        statistics = StepStatistics(self.device, importance_cap=self.config.learner.loss.importance_cap)
         for indices in order:
             minibatch = self._minibatch(samples, indices)
             if self._skips(minibatch, old, statistics):
                 statistics.add_skip()
             else:
                 self._optimize(minibatch, old, reference, statistics)
+        refresh = self.config.learner.kl.refresh_every
+        if self._reference is not None and refresh is not None and (step + 1) % refresh == 0:
+            self._set_reference(self._full_parameters(self.model))
         return metrics | statistics.metrics(with_kl=reference is not None)
+
+    def reference_parameters(self) -> dict[str, Tensor] | None:
+        """Full parameters of a reference that may be another than the initial policy, by name, on the CPU; else None."""
+        if self._reference is None or self.config.learner.kl.refresh_every is None:
+            return None
+        return dict(self._full_parameters(_transformers_model(self._reference)))
+
+    def restore_reference(self, parameters: Mapping[str, Tensor]) -> None:
+        """The inverse of `reference_parameters`."""
+        self._set_reference(parameters.items())
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The policy as transformers knows it."""
+        return _transformers_model(self.deepspeed)
 
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probabilities of token_ids[1:] under the current policy at temperature 1; [P - 1] for [P] tokens."""
-        input_ids = torch.tensor([list(token_ids)], device=self.device)
+        sequences = pack_sequences([token_ids], self.device)
+        predicting = torch.arange(len(token_ids) - 1, device=self.device)
         with torch.no_grad():
-            logprobs, _ = token_logprobs_and_entropy(self.deepspeed, input_ids, torch.ones_like(input_ids), 1.0)
-        return logprobs[0].tolist()
+            logprobs, _ = self.deepspeed(sequences, predicting, sequences.input_ids[0, 1:], 1.0)
+        return logprobs.tolist()
 
     def named_parameters_gathered(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face name and full tensor of each parameter in `config.model.dtype`, tied ones once.
@@ -124,10 +152,24 @@ class LearnerEngine:
         tensors are for reading before the next training step: without ZeRO-3 they share memory with the policy.
         """
         dtype = getattr(torch, self.config.model.dtype)
-        for name, parameter in self.deepspeed.module.named_parameters():
+        for parameter in plain_parameters(self.model):
+            with gathered(parameter.sources, sharded=self._sharded):
+                tensor = parameter.value().to(dtype, copy=self._sharded)
+            yield parameter.name, tensor
+
+    def _full_parameters(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in model.named_parameters():
             with gathered([parameter], sharded=self._sharded):
-                tensor = parameter.detach().to(dtype, copy=self._sharded)
-            yield name, tensor
+                full = parameter.detach().to("cpu", copy=True)
+            yield name, full
+
+    def _set_reference(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        assert self._reference is not None
+        own = dict(_transformers_model(self._reference).named_parameters())
+        for name, full in parameters:
+            with gathered([own[name]], sharded=self._sharded, written_by=0):
+                if not self._sharded or self.rank == 0:
+                    own[name].data.copy_(full)
 
     def _minibatch_order(self, samples: Sequence[TrainingSample], step: int) -> list[list[int]]:
         learner = self.config.learner
@@ -145,16 +187,16 @@ class LearnerEngine:
         shares = pack(
             [len(sample.token_ids) for sample in chosen],
             ranks=self.world_size,
-            microbatch_size=self.config.learner.microbatch_size,
+            microbatch_tokens=self.config.learner.microbatch_tokens,
         )
         totals = loss_totals(chosen, max_tokens=self.config.rollout.max_tokens)
         return _Minibatch(indices=indices, samples=chosen, microbatches=shares[self.rank], totals=totals)
 
-    def _table(self, model: Callable[..., object], samples: Sequence[TrainingSample]) -> TokenTable:
+    def _table(self, model: Callable[..., tuple[Tensor, Tensor]], samples: Sequence[TrainingSample]) -> TokenTable:
         """Log-probabilities of all samples under a model, at the sampling temperature."""
 
         @torch.no_grad()
-        def logprobs(batch: TensorBatch) -> Tensor:
+        def logprobs(batch: PackedBatch) -> Tensor:
             return self._forward(model, batch)[0]
 
         table = TokenTable(samples, self.device)
@@ -163,12 +205,18 @@ class LearnerEngine:
             logprobs,
             rank=self.rank,
             world_size=self.world_size,
-            microbatch_size=self.config.learner.microbatch_size,
+            microbatch_tokens=self.config.learner.microbatch_tokens,
         )
         return table
 
-    def _forward(self, model: Callable[..., object], batch: TensorBatch) -> tuple[Tensor, Tensor]:
-        return token_logprobs_and_entropy(model, batch.input_ids, batch.attention_mask, self.config.rollout.temperature)
+    def _reference_table(self, samples: Sequence[TrainingSample]) -> TokenTable:
+        if self._reference is not None:
+            return self._table(self._reference, samples)
+        with without_adapters(self.model):
+            return self._table(self.deepspeed, samples)
+
+    def _forward(self, model: Callable[..., tuple[Tensor, Tensor]], batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        return model(batch.sequences, batch.predicting, batch.targets, self.config.rollout.temperature)
 
     def _skips(self, minibatch: _Minibatch, old: TokenTable | None, statistics: StepStatistics) -> bool:
         """Whether a minibatch has nothing to train on, or its mean ratio is out of bounds (VinePPO's code)."""
@@ -183,17 +231,17 @@ class LearnerEngine:
     def _mean_ratio(self, minibatch: _Minibatch, old: TokenTable) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for microbatch in minibatch.microbatches:
-            batch = tensor_batch(minibatch.samples, microbatch, self.device)
+            batch = packed_batch(minibatch.samples, microbatch, self.device)
             logprobs, _ = self._forward(self.deepspeed, batch)
             ratio = torch.exp(logprobs - old.rows(minibatch.batch_indices(microbatch)))
-            total += weighted_sum(ratio, batch.loss_mask, batch.weights)
+            total += weighted_sum(ratio, batch.tokens)
         return sum_over_ranks(total).item() / minibatch.totals.tokens
 
     def _optimize(
         self, minibatch: _Minibatch, old: TokenTable | None, reference: TokenTable | None, statistics: StepStatistics
     ) -> None:
         for microbatch in minibatch.microbatches:
-            batch = tensor_batch(minibatch.samples, microbatch, self.device)
+            batch = packed_batch(minibatch.samples, microbatch, self.device)
             rows = minibatch.batch_indices(microbatch)
             outcome, loss = self._loss(
                 batch,
@@ -224,26 +272,22 @@ class LearnerEngine:
         return norm
 
     def _loss(
-        self, batch: TensorBatch, totals: LossTotals, *, old: Tensor | None, reference: Tensor | None
+        self, batch: PackedBatch, totals: LossTotals, *, old: Tensor | None, reference: Tensor | None
     ) -> tuple[MicrobatchOutcome, Tensor]:
         settings, kl = self.config.learner.loss, self.config.learner.kl
         logprobs, entropy = self._forward(self.deepspeed, batch)
-        # The tables hold zeros at padding: there exp(reference - policy) may overflow, and 0 x inf is a gradient of nan.
-        logprobs = torch.where(batch.loss_mask, logprobs, 0.0)
-        old = logprobs.detach() if old is None else torch.where(batch.loss_mask, old, 0.0)
-        per_token, clipped = clipped_surrogate(
-            logprobs, old, batch.advantages, clip_low=settings.clip_low, clip_high=settings.clip_high
-        )
-        policy_loss = AGGREGATIONS[settings.aggregation](per_token, batch.loss_mask, batch.weights, totals)
+        old = logprobs.detach() if old is None else old
+        clip = Clip(low=settings.clip_low, high=settings.clip_high, dual=settings.clip_dual)
+        per_token, clipped = SURROGATES[settings.kind](logprobs, old, batch.advantages, batch.tokens, clip)
+        per_token = per_token * importance_weights(old, batch.behavior_logprobs, settings.importance_cap)
+        policy_loss = AGGREGATIONS[settings.aggregation](per_token, batch.tokens, totals)
         estimate, kl_loss = None, torch.zeros((), device=self.device)
         if reference is not None:
-            reference = torch.where(batch.loss_mask, reference, 0.0)
             estimate = kl_estimate(logprobs, reference, estimator=kl.estimator, clamp=kl.clamp)
-            kl_loss = kl.coefficient * AGGREGATIONS[kl.aggregation](estimate, batch.loss_mask, batch.weights, totals)
+            kl_loss = kl.coefficient * AGGREGATIONS[kl.aggregation](estimate, batch.tokens, totals)
         outcome = MicrobatchOutcome(
             policy_loss=policy_loss.detach(),
             kl_loss=kl_loss.detach(),
-            mask=batch.loss_mask,
             logprobs=logprobs.detach(),
             old_logprobs=old,
             behavior_logprobs=batch.behavior_logprobs,
@@ -252,3 +296,8 @@ class LearnerEngine:
             kl=None if estimate is None else estimate.detach(),
         )
         return outcome, policy_loss + kl_loss
+
+
+def _transformers_model(policy: Any) -> PreTrainedModel:
+    """Inside of a `Policy`, which DeepSpeed may have wrapped."""
+    return getattr(policy, "module", policy).model

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from learner.attention import PACKED_SDPA, register
+from learner.batches import PackedSequences
 from ray_rl.config.model import ModelConfig
+
+_CHUNK_FLOATS = 2**25
+"""Logits that live at a time: 128 MiB in float32, and a few times that in passing."""
 
 
 def load_model(config: ModelConfig, path: str | os.PathLike[str], *, trainable: bool = True) -> nn.Module:
@@ -30,11 +37,12 @@ def load_model(config: ModelConfig, path: str | os.PathLike[str], *, trainable: 
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    register()
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=getattr(torch, config.dtype),
-        attn_implementation=config.attention,
+        attn_implementation=PACKED_SDPA if config.attention == "sdpa" else config.attention,
         revision=config.revision or "main",
         trust_remote_code=config.trust_remote_code,
     )
@@ -54,51 +62,127 @@ def _disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0
 
 
-def vocabulary_size(model: nn.Module) -> int:
-    """Rows of the embedding that the tokenizer may use."""
-    return int(model.config.get_text_config().vocab_size)
+class Policy(nn.Module):
+    """A causal language model that tells the log-probabilities of given tokens without keeping its logits.
 
-
-def token_logprobs_and_entropy(
-    model: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of tokens 1..L-1 given those before them, and the entropy of the distributions they came from.
-
-    Args:
-        model: returns an object with `logits` [B, L, V].
-        input_ids: [B, L], padded on the right.
-        attention_mask: [B, L], 1 on tokens, 0 on padding.
-        temperature: logits are divided by it.
-
-    Returns:
-        Log-probabilities (natural log, with gradient) and entropies (nats, without), both [B, L - 1] in float32. What
-        stands at padding has no meaning.
+    Logits are by far the largest tensor of language models: a vocabulary's floats per token. Here the hidden states go
+    through the head a chunk of positions at a time, only those whose log-probability is asked for, and once more in the
+    backward pass. What is kept is one float per token.
     """
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1].float()
+
+    def __init__(self, model: nn.Module, *, recompute_head: bool = True, float32_head: bool = True) -> None:
+        """Of a transformers model.
+
+        Args:
+            model: its parameters are the policy's.
+            recompute_head: False keeps the logits for the backward pass: faster, for small vocabularies.
+            float32_head: logits are computed in float32, whatever the format of the weights.
+        """
+        super().__init__()
+        self.model: Any = model
+        self._recompute_head = recompute_head
+        self._plain_head = _head_is_plain(self.model)
+        head = self.model.get_output_embeddings()
+        if float32_head and head.weight.dtype != torch.float32:
+            # Its call stays the module's: ZeRO-3 gathers the weight around it.
+            head.forward = partial(_float32_linear, head)
+
+    def forward(
+        self, sequences: PackedSequences, predicting: Tensor, targets: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of tokens given those before them, and the entropy of the distributions they came from.
+
+        Args:
+            sequences: T tokens.
+            predicting: [N] int64: positions whose hidden states predict the targets.
+            targets: [N] int64.
+            temperature: logits are divided by it.
+
+        Returns:
+            Log-probabilities (natural log, with gradient) and entropies (nats, without), both [N] in float32.
+        """
+        if not self._plain_head:
+            logits = self.model(**model_inputs(sequences), logits_to_keep=predicting).logits[0]
+            return _scored(logits, targets, temperature)
+        hidden = self.model.base_model(**model_inputs(sequences)).last_hidden_state[0].index_select(0, predicting)
+        size = max(_CHUNK_FLOATS // vocabulary_size(self.model), 1)
+        # Without any target one empty chunk is left, through which the (empty) gradient flows to all parameters.
+        chunks = zip(hidden.split(size), targets.split(size), strict=True)
+        compute = partial(checkpoint, self._chunk, use_reentrant=False) if self._recompute_head else self._chunk
+        found = [compute(*chunk, temperature) for chunk in chunks]
+        logprobs, entropies = zip(*found, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies)
+
+    def _chunk(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        return _scored(self.model.get_output_embeddings()(hidden), targets, temperature)
+
+
+def model_inputs(sequences: PackedSequences) -> dict[str, Any]:
+    """Of a transformers model."""
+    return {
+        "input_ids": sequences.input_ids,
+        "position_ids": sequences.position_ids,
+        "use_cache": False,
+        # Names under which transformers hands them on to its attention implementations.
+        "cu_seq_lens_q": sequences.starts,
+        "cu_seq_lens_k": sequences.starts,
+        "max_length_q": sequences.longest,
+        "max_length_k": sequences.longest,
+    }
+
+
+def _float32_linear(head: nn.Linear, hidden: Tensor) -> Tensor:
+    bias = None if head.bias is None else head.bias.float()
+    return nn.functional.linear(hidden.float(), head.weight.float(), bias)
+
+
+@torch.no_grad()
+def _head_is_plain(model: Any) -> bool:
+    """Whether the logits are what the head makes of the last hidden states: some models scale or cap them behind it."""
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # runs on any device
+    probe = torch.tensor([[0, 1]], device=model.device)
+    hidden = model.base_model(input_ids=probe, use_cache=False).last_hidden_state
+    logits = model(input_ids=probe, use_cache=False).logits
+    model.set_attn_implementation(attention)
+    return bool(torch.allclose(logits.float(), model.get_output_embeddings()(hidden).float(), rtol=1e-6, atol=0.0))
+
+
+def _scored(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """[N] log-probabilities and entropies of [N, V] logits."""
+    logits = logits.float()
     if temperature != 1.0:
         logits = logits / temperature
     normalizer = torch.logsumexp(logits, dim=-1)
-    chosen = logits.gather(-1, input_ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+    chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return chosen - normalizer, _entropy(logits.detach(), normalizer.detach())
 
 
 @torch.no_grad()
 def _entropy(logits: Tensor, normalizer: Tensor) -> Tensor:
-    """-sum p log p for [B, L, V] logits, sequence by sequence so that only a few [L, V] live at a time."""
-    entropies = []
-    for of_sequence, log_z in zip(logits, normalizer, strict=True):
-        probabilities = torch.exp(of_sequence - log_z.unsqueeze(-1))
-        entropies.append(torch.special.entr(probabilities).sum(dim=-1))
-    return torch.stack(entropies)
+    """-sum p log p of [C, V] logits."""
+    probabilities = torch.exp(logits - normalizer.unsqueeze(-1))
+    return normalizer - (probabilities.mul_(logits)).sum(dim=-1)
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Rows of the embedding that the tokenizer may use."""
+    return int(model.config.get_text_config().vocab_size)
 
 
 @contextlib.contextmanager
-def gathered(parameters: list[nn.Parameter], *, sharded: bool) -> Iterator[None]:
-    """Whole parameters within the block; a collective that every rank must enter when `sharded` (ZeRO-3)."""
+def gathered(parameters: list[nn.Parameter], *, sharded: bool, written_by: int | None = None) -> Iterator[None]:
+    """Whole parameters within the block; a collective that every rank must enter when `sharded` (ZeRO-3).
+
+    Args:
+        parameters: of a model.
+        sharded: whether each rank holds a part of them only.
+        written_by: the rank whose writing within the block all ranks take over; None: they are read only.
+    """
     if not sharded:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=written_by):
         yield

@@ -7,9 +7,6 @@ from collections.abc import Sequence
 
 from ray_rl.types import Microbatch
 
-FILLER = -1
-"""Index of an empty row."""
-
 
 def split_minibatches(is_continuation: Sequence[bool], minibatch_size: int, seed: int) -> list[list[int]]:
     """Seeded permutations of the completions and of the continuations, each cut into parts of nearly equal size.
@@ -36,31 +33,41 @@ def split_minibatches(is_continuation: Sequence[bool], minibatch_size: int, seed
     return [first + second for first, second in halves]
 
 
-def pack(lengths: Sequence[int], *, ranks: int, microbatch_size: int) -> list[list[Microbatch]]:
-    """Share the sequences of one minibatch among ranks and cut each share into microbatches.
+def pack(lengths: Sequence[int], *, ranks: int, microbatch_tokens: int) -> list[list[Microbatch]]:
+    """Share the sequences of one minibatch among ranks and fill each rank's into as few microbatches as may be.
 
-    The longest sequence not yet placed goes to the rank with the fewest tokens that still has room (LPT rule). Within
-    a rank, neighbours in length share a microbatch, which keeps the padding small, and the k-th microbatches of all
-    ranks are of similar length, which keeps the ranks in step.
+    The longest sequence not yet placed goes to the rank with the fewest tokens (LPT rule), and there into the first
+    microbatch that has room for it (first fit decreasing). A sequence longer than a microbatch has one of its own.
 
     Args:
         lengths: tokens of each sequence of the minibatch.
         ranks: data-parallel ranks.
-        microbatch_size: most sequences of one forward pass.
+        microbatch_tokens: most tokens of one forward pass, but for a longer sequence.
 
     Returns:
-        For each rank its microbatches, the same number on every rank. A rank with too few sequences gets microbatches
-        of one filler row.
+        For each rank its microbatches, the same number on every rank: those with fewer get empty ones. The k-th of all
+        ranks are of similar size, the fullest first, which keeps the ranks in step.
     """
-    per_rank = -(-len(lengths) // (ranks * microbatch_size))
-    shares: list[list[int]] = [[] for _ in range(ranks)]
+    shares: list[list[list[int]]] = [[] for _ in range(ranks)]
+    room: list[list[int]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        open_ranks = (rank for rank in range(ranks) if len(shares[rank]) < per_rank * microbatch_size)
-        lightest = min(open_ranks, key=lambda rank: (tokens[rank], rank))
-        shares[lightest].append(index)
-        tokens[lightest] += lengths[index]
-    return [[Microbatch(indices=tuple(part) or (FILLER,)) for part in _cut_evenly(share, per_rank)] for share in shares]
+        rank = min(range(ranks), key=lambda rank: (tokens[rank], rank))
+        tokens[rank] += lengths[index]
+        bins = room[rank]
+        place = next((k for k, left in enumerate(bins) if lengths[index] <= left), len(bins))
+        if place == len(bins):
+            bins.append(microbatch_tokens)
+            shares[rank].append([])
+        bins[place] -= lengths[index]
+        shares[rank][place].append(index)
+    most = max(len(share) for share in shares)
+    packed = []
+    for share, bins in zip(shares, room, strict=True):
+        fullest_first = [indices for _, indices in sorted(zip(bins, share, strict=True))]
+        padded = fullest_first + [[]] * (most - len(share))
+        packed.append([Microbatch(indices=tuple(indices)) for indices in padded])
+    return packed
 
 
 def _cut_evenly(items: list[int], parts: int) -> list[list[int]]:

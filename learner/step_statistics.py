@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,20 +10,18 @@ import torch
 from torch import Tensor
 
 from learner.distributed import max_over_ranks, sum_over_ranks
-from learner.losses import masked_sum
 from learner.samples import loss_token_advantages
 from ray_rl.types import TrainingSample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicrobatchOutcome:
-    """Detached results of one microbatch; all tensors [B, L - 1] but the losses."""
+    """Detached results of one microbatch; all tensors [N], of its loss tokens, but the losses."""
 
     policy_loss: Tensor
     """Scalar, share of the minibatch's."""
     kl_loss: Tensor
     """Scalar, share of the minibatch's, coefficient included; 0 without a reference."""
-    mask: Tensor
     logprobs: Tensor
     old_logprobs: Tensor
     behavior_logprobs: Tensor
@@ -35,10 +34,23 @@ class MicrobatchOutcome:
 class StepStatistics:
     """Collects on one rank; `metrics` is a collective that every rank enters."""
 
-    _SUMS = ("policy_loss", "kl_loss", "tokens", "entropy", "clipped", "ratio", "mismatch", "kl")
-    _MAXIMA = ("ratio", "mismatch")
+    _SUMS = (
+        "policy_loss",
+        "kl_loss",
+        "tokens",
+        "entropy",
+        "clipped",
+        "ratio",
+        "mismatch",
+        "importance",
+        "truncated",
+        "kl",
+    )
+    _MAXIMA = ("ratio", "mismatch", "importance")
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, importance_cap: float | None) -> None:
+        """Of one step; without a cap nothing counts as truncated."""
+        self._cap = math.inf if importance_cap is None else importance_cap
         self._sums = dict.fromkeys(self._SUMS, torch.zeros((), dtype=torch.float64, device=device))
         self._maxima = dict.fromkeys(self._MAXIMA, torch.zeros((), dtype=torch.float64, device=device))
         self._grad_norms: list[float] = []
@@ -62,24 +74,27 @@ class StepStatistics:
     @torch.no_grad()
     def add(self, outcome: MicrobatchOutcome) -> None:
         """Count one microbatch of this rank."""
-        mask = outcome.mask
         ratio = torch.exp(outcome.logprobs - outcome.old_logprobs)
-        mismatch = (outcome.old_logprobs - outcome.behavior_logprobs).abs()
+        log_importance = outcome.old_logprobs - outcome.behavior_logprobs
+        mismatch, importance = log_importance.abs(), torch.exp(log_importance)
         found = {
             "policy_loss": outcome.policy_loss,
             "kl_loss": outcome.kl_loss,
-            "tokens": mask.sum(),
-            "entropy": masked_sum(outcome.entropy, mask),
-            "clipped": (outcome.clipped & mask).sum(),
-            "ratio": masked_sum(ratio, mask),
-            "mismatch": masked_sum(mismatch, mask),
+            "tokens": torch.tensor(len(ratio), device=ratio.device),
+            "entropy": outcome.entropy.sum(),
+            "clipped": outcome.clipped.sum(),
+            "ratio": ratio.sum(),
+            "mismatch": mismatch.sum(),
+            "importance": importance.sum(),
+            "truncated": (importance > self._cap).sum(),
         }
         if outcome.kl is not None:
-            found["kl"] = masked_sum(outcome.kl, mask)
+            found["kl"] = outcome.kl.sum()
         for name, value in found.items():
             self._sums[name] = self._sums[name] + value.double()
-        for name, values in (("ratio", ratio), ("mismatch", mismatch)):
-            self._maxima[name] = torch.maximum(self._maxima[name], torch.where(mask, values, 0.0).max().double())
+        for name, values in (("ratio", ratio), ("mismatch", mismatch), ("importance", importance)):
+            if len(values):
+                self._maxima[name] = torch.maximum(self._maxima[name], values.max().double())
 
     def metrics(self, *, with_kl: bool) -> dict[str, float]:
         """Means per loss token and per optimizer step, over all ranks, minibatches and epochs; names as users plot."""
@@ -96,6 +111,9 @@ class StepStatistics:
             "policy/ratio_max": maxima["ratio"],
             "policy/rollout_train_logprobs_abs_diff_mean": sums["mismatch"] / tokens,
             "policy/rollout_train_logprobs_abs_diff_max": maxima["mismatch"],
+            "policy/importance_mean": sums["importance"] / tokens,
+            "policy/importance_max": maxima["importance"],
+            "policy/importance_truncated_fraction": sums["truncated"] / tokens,
             "policy/grad_norm": sum(self._grad_norms) / steps,
             "policy/lr": self._learning_rate,
             "policy/skipped_minibatches": float(self._skipped),

@@ -247,9 +247,9 @@ class TrainingSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Microbatch:
-    """Samples of one forward pass on one rank; indices into the minibatch's list of samples, -1 = an empty filler row.
+    """Samples of one forward pass on one rank: indices into the minibatch's list of samples.
 
-    Every rank runs the same number of microbatches, which ZeRO-3's collectives need.
+    Every rank runs the same number of microbatches, which ZeRO-3's collectives need; some may be empty.
     """
 
     indices: tuple[int, ...]

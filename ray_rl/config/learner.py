@@ -1,19 +1,30 @@
 """The learner: losses, optimizer, DeepSpeed."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
+from ray_rl.config import deepspeed
 from ray_rl.config.section import Section
 
 
 class LossConfig(Section):
-    """PPO's clipped surrogate, summed over tokens and divided by global counts."""
+    """A policy-gradient surrogate per token, summed and divided by global counts."""
 
-    clip_low: float = Field(0.2, ge=0, lt=1)
+    kind: Literal["ppo", "gspo", "cispo"] = "ppo"
+    """`ppo`: the clipped surrogate, token by token. `gspo`: clipped by one ratio per sequence (arXiv 2507.18071; its clips are
+    3e-4 and 4e-4, its aggregation sequence_mean). `cispo`: log-probabilities with clipped weights (arXiv 2506.13585)."""
+    clip_low: float = Field(0.2, ge=0, le=1)
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = Field(0.2, ge=0)
     """The ratio is clipped above at 1 + clip_high ("clip-higher" when larger than clip_low)."""
+    clip_dual: float | None = Field(None, gt=1)
+    """Largest ratio with which a token of negative advantage is pushed down (arXiv 1912.09729: 3); `ppo` and `gspo`."""
+    importance_cap: float | None = Field(None, gt=0)
+    """Each token's loss is multiplied with the learner's probability over the engine's, at most this (truncated importance
+    sampling; 2 is usual): for what the engine computed otherwise, or with older weights. Unset: no correction."""
     aggregation: Literal["sequence_mean", "token_mean", "constant"] = "token_mean"
     """`sequence_mean`: mean over each sequence's tokens, then over sequences (GRPO). `token_mean`: over all tokens of the
     minibatch (DAPO). `constant`: sum over tokens, divided by sequences times rollout.max_tokens (Dr. GRPO)."""
@@ -23,9 +34,15 @@ class LossConfig(Section):
     max_mean_ratio: float | None = Field(None, gt=1)
     """Skip a minibatch whose mean probability ratio exceeds this (VinePPO's code: 10). Costs one more forward pass."""
 
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> "LossConfig":
+        if self.kind == "cispo" and self.clip_dual is not None:
+            raise ValueError("clip_dual: cispo clips weights, not the loss; use clip_high, or kind=ppo")
+        return self
+
 
 class KlConfig(Section):
-    """Penalty on the distance from the frozen reference (the initial policy)."""
+    """Penalty on the distance from the frozen reference (the initial policy, unless it is refreshed)."""
 
     coefficient: float = Field(0.0, ge=0)
     """beta. 0: no reference model is loaded."""
@@ -35,6 +52,27 @@ class KlConfig(Section):
     """Mean over tokens, or summed per sequence and averaged over sequences (about |o| times stronger)."""
     clamp: float | None = Field(None, gt=0)
     """Upper bound of a token's estimate (VinePPO's code: 10)."""
+    refresh_every: int | None = Field(None, ge=1)
+    """Training steps after which the reference becomes the policy of that moment (iterative GRPO, arXiv 2402.03300). Unset:
+    it stays the initial policy."""
+
+    @model_validator(mode="after")
+    def _has_a_reference(self) -> "KlConfig":
+        if self.refresh_every is not None and self.coefficient == 0:
+            raise ValueError(
+                "refresh_every: without a coefficient there is no reference; set coefficient, or leave it out"
+            )
+        return self
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv 2106.09685, through PEFT): they alone train; engines and exports get the merged weights."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    """The adapter's product is scaled by alpha / rank."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get one, for instance [q_proj, v_proj]; all but the head."""
 
 
 class OptimizerConfig(Section):
@@ -66,14 +104,32 @@ class LearnerConfig(Section):
     the whole batch, one optimizer step."""
     epochs: int = Field(1, ge=1)
     """Passes over each batch."""
-    microbatch_size: int = Field(8, ge=1)
-    """Sequences per forward pass of one rank."""
+    microbatch_tokens: int = Field(4096, ge=1)
+    """Most tokens of one forward pass of one rank, prompts included. Sequences are packed without padding; one that is longer
+    has a pass of its own."""
+    recompute_head: bool = True
+    """Logits are computed once more in the backward pass instead of being kept, which takes a vocabulary's floats per token."""
+    float32_head: bool = True
+    """With a 16-bit model.dtype, logits are computed in float32 all the same: rounded to bfloat16 they are off by hundredths."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of all weights; the reference of the KL term is then the policy without them. Unset: all."""
     loss: LossConfig = LossConfig()
     kl: KlConfig = KlConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Merged over the generated DeepSpeed configuration, for instance optimizer offload."""
+    """Merged over the generated DeepSpeed configuration: its settings, or the path of a JSON file with them. "auto" leaves a
+    setting to us; what contradicts an option of the recipe is an error."""
+    offload_optimizer: bool = False
+    """Master weights and optimizer state stay in the memory of the host, which computes the update (ZeRO-offload); needs
+    zero_stage 1 or more."""
     start_timeout: float = Field(600.0, gt=0)
     """Seconds the ranks may take to load the model and meet."""
     step_timeout: float = Field(3600.0, gt=0)
     """Seconds one training step, publication or checkpoint may take."""
+
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _read(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            given = deepspeed.read(Path(given))
+        return deepspeed.without_auto(given) if isinstance(given, Mapping) else given

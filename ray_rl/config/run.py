@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import model_validator
 
 from ray_rl.config.advantage import AdvantageConfig, VineppoAdvantage
+from ray_rl.config.deepspeed import contradictions
 from ray_rl.config.learner import LearnerConfig
 from ray_rl.config.model import ModelConfig
 from ray_rl.config.orchestration import (
@@ -78,6 +79,7 @@ class RunConfig(Section):
             *self._reward_faults(),
             *self._device_faults(),
             *self._model_faults(),
+            *contradictions(self),
         ]
         if faults:
             raise ValueError("\n".join(faults))
@@ -178,6 +180,13 @@ class RunConfig(Section):
                 f"rollout.gpus_per_actor: {rollout.gpus_per_actor:g}, of which an engine uses rollout.tensor_parallel = "
                 f"{rollout.tensor_parallel}; raise the latter, or lower the first and raise rollout.actors"
             )
+        if learner.lora is not None and learner.kl.refresh_every is not None:
+            yield (
+                "learner.kl.refresh_every: with learner.lora the reference is the policy without its adapters, which never "
+                "moves; leave one of the two out"
+            )
+        if learner.offload_optimizer and learner.zero_stage == 0:
+            yield "learner.offload_optimizer: needs ZeRO; set learner.zero_stage=1 or more"
         if learner.gpus_per_rank > 1 or (learner.ranks > 1 and 0 < learner.gpus_per_rank < 1):
             yield (
                 f"learner.gpus_per_rank: {learner.gpus_per_rank:g}, but a rank computes on one GPU, and several ranks never "

@@ -106,7 +106,7 @@ def make_config(ranks, stage):
             # Minibatches of three sequences: the ranks get unequal shares, and the second one a microbatch of fillers only.
             "learner.minibatch_size=3",
             "learner.epochs=2",
-            "learner.microbatch_size=1",
+            "learner.microbatch_tokens=16",
             "learner.start_timeout=240",
             "learner.step_timeout=240",
         ],

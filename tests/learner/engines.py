@@ -66,7 +66,7 @@ def with_continuations(completions=8, continuations=5):
 
 
 def make_engine(model_path, *overrides):
-    ours = ["training.prompts_per_step=1", "learner.optimizer.lr=1e-3", "learner.microbatch_size=3"]
+    ours = ["training.prompts_per_step=1", "learner.optimizer.lr=1e-3", "learner.microbatch_tokens=40"]
     return LearnerEngine(resolve_config({}, [*ours, *overrides]), model_path, 0, 1)
 
 

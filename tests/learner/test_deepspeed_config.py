@@ -9,11 +9,15 @@ from ray_rl.config.learner import LearnerConfig, OptimizerConfig
 def test_the_users_keys_win_at_every_depth_and_the_rest_stays():
     config = LearnerConfig(
         zero_stage=2,
-        deepspeed={"zero_optimization": {"overlap_comm": True}, "optimizer": {"params": {"eps": 1e-6}}, "extra": [1]},
+        deepspeed={
+            "zero_optimization": {"overlap_comm": True},
+            "optimizer": {"params": {"amsgrad": True}},
+            "extra": [1],
+        },
     )
     result = deepspeed_config(config, "float32")
     assert result["zero_optimization"] == {"stage": 2, "overlap_comm": True}
-    assert result["optimizer"]["params"]["eps"] == 1e-6
+    assert result["optimizer"]["params"]["amsgrad"] is True
     assert result["optimizer"]["params"]["torch_adam"] is True
     assert result["extra"] == [1]
     assert result["managed_gradient_accumulation"] is False

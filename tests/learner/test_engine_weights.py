@@ -82,7 +82,7 @@ def test_weighted_updates_do_not_depend_on_the_size_of_microbatches(model_path, 
         f"learner.kl.aggregation={kl_aggregation}",
         "advantage.whiten=minibatch",
     )
-    engines = [make_engine(model_path, *overrides, f"learner.microbatch_size={size}") for size in (1, 8)]
+    engines = [make_engine(model_path, *overrides, f"learner.microbatch_tokens={size}") for size in (1, 200)]
     for engine in engines:
         engine.train(with_continuations(), 0)
     assert largest_difference(weights(engines[0]), weights(engines[1])) < 1e-5
