@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import time
 from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +46,8 @@ class Engine:
         self._stop_token_ids = sorted({*stop_token_ids, *config.rollout.stop_token_ids})
         self._requests = itertools.count()
         self._version = 0
-        self._paused = False
+        self._paused_at: float | None = None
+        self._pause_seconds = 0.0
         self._distrusted: str | None = None
 
     @classmethod
@@ -81,6 +83,11 @@ class Engine:
     def policy_version(self) -> int:
         """The version of the weights that sample now."""
         return self._version
+
+    @property
+    def pause_seconds(self) -> float:
+        """How long the last pause was."""
+        return self._pause_seconds
 
     async def generate(
         self,
@@ -144,13 +151,15 @@ class Engine:
 
         A frozen completion goes on after `resume`, under the weights that the engine then has.
         """
+        self._paused_at = time.monotonic()
         await self._control(self._llm.pause_generation(mode="keep", clear_cache=True), what="the engine to pause")
-        self._paused = True
 
     async def resume(self) -> None:
         """Go on after `pause`."""
         await self._control(self._llm.resume_generation(), what="the engine to resume")
-        self._paused = False
+        if self._paused_at is not None:
+            self._pause_seconds = time.monotonic() - self._paused_at
+            self._paused_at = None
 
     async def receive_weights(self, manifest: WeightManifest, path: Path) -> None:
         """Load a version from a flat file on this machine, and label what is sampled from now on with it.
@@ -168,7 +177,7 @@ class Engine:
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        if not self._paused:
+        if self._paused_at is None:
             raise RuntimeError("pause the engine before it receives weights")
         request = WeightTransferUpdateRequest(update_info={"path": str(path), "manifest": manifest.to_dict()})
         with self._transfer(manifest.version):

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from ray_rl.deadlines import wait
@@ -29,6 +29,18 @@ class NoActorsLeft(RunError):
     """Every rollout actor died."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrival:
+    """New weights in one engine."""
+
+    probe_difference: float
+    """Largest difference of a log-probability that the probe saw."""
+    pause_seconds: float
+    """How long the engine sampled nothing."""
+    probe_seconds: float
+    """From the engine's going on to its first log-probabilities under the new weights."""
+
+
 class RolloutClient(Protocol):
     """One rollout actor, as the pool sees it. Each verb raises `ActorDied` when its process is gone."""
 
@@ -43,8 +55,8 @@ class RolloutClient(Protocol):
     async def evaluate(self, prompt: Prompt, samples: int, temperature: float) -> tuple[ScoredSample, ...]:
         """Scored answers."""
 
-    async def publish(self, weights: PublishedWeights) -> float:
-        """Take new weights and prove them. Returns the largest difference seen by the probe."""
+    async def publish(self, weights: PublishedWeights) -> Arrival:
+        """Take new weights and prove them."""
 
     async def discard_weights(self, version: int) -> None:
         """Remove what the transfer left on the actor's node."""
@@ -58,6 +70,28 @@ class _Member:
     client: RolloutClient
     in_flight: int = 0
     healthy: bool = True
+    idle_since: float = field(default_factory=lambda: time.monotonic())
+    """When the last of its groups ended."""
+    idle_seconds: float = 0.0
+    """Without any group, since `take_idle`."""
+
+    def begin(self) -> None:
+        if self.in_flight == 0:
+            self.idle_seconds += time.monotonic() - self.idle_since
+        self.in_flight += 1
+
+    def end(self) -> None:
+        self.in_flight -= 1
+        self.idle_since = time.monotonic()
+
+    def take_idle(self) -> float:
+        """Idle seconds since the last call."""
+        now = time.monotonic()
+        if self.in_flight == 0:
+            self.idle_seconds += now - self.idle_since
+            self.idle_since = now
+        seconds, self.idle_seconds = self.idle_seconds, 0.0
+        return seconds
 
 
 class ActorPool:
@@ -121,29 +155,37 @@ class ActorPool:
     async def publish(self, weights: PublishedWeights) -> dict[str, float]:
         """Bring a version into every healthy engine; the node files are removed whether that succeeds or not.
 
+        Returns:
+            `weights/probe_max_abs_diff`; `timing/pause`, the longest that an engine sampled nothing meanwhile; and
+            `timing/engines_idle`, how long since the last publication an engine had no group to work on, averaged.
+
         Raises:
             WeightTransferError: a proof failed.
             NoActorsLeft: every actor died.
         """
-        started = time.monotonic()
         try:
-            differences = await wait(
+            answers = await wait(
                 asyncio.gather(*(self._publish_to(member, weights) for member in self._healthy())),
                 self._publish_timeout,
                 what=f"policy version {weights.version} to reach every rollout actor",
             )
         finally:
             await self._discard(weights.version)
-        if not self._healthy():
+        healthy = self._healthy()
+        if not healthy:
             raise NoActorsLeft("every rollout actor died; see their logs")
-        arrived = [difference for difference in differences if difference is not None]
-        return {"timing/weight_sync": time.monotonic() - started, "weights/probe_max_abs_diff": max(arrived)}
+        arrivals = [arrival for arrival in answers if arrival is not None]
+        return {
+            "timing/pause": max(arrival.pause_seconds for arrival in arrivals),
+            "timing/engines_idle": sum(member.take_idle() for member in healthy) / len(healthy),
+            "weights/probe_max_abs_diff": max(arrival.probe_difference for arrival in arrivals),
+        }
 
     async def shutdown(self) -> None:
         """End every actor."""
         await asyncio.gather(*(member.client.shutdown() for member in self._members))
 
-    async def _publish_to(self, member: _Member, weights: PublishedWeights) -> float | None:
+    async def _publish_to(self, member: _Member, weights: PublishedWeights) -> Arrival | None:
         try:
             return await member.client.publish(weights)
         except ActorDied as death:
@@ -166,13 +208,13 @@ class ActorPool:
     async def _route(self, call: Callable[[RolloutClient], Awaitable[T]], *, what: str) -> T:
         while True:
             member = self._least_loaded()
-            member.in_flight += 1
+            member.begin()
             try:
                 return await wait(call(member.client), self._group_timeout, what=f"{what} from {member.client.name}")
             except ActorDied as death:
                 self._bury(member, death)
             finally:
-                member.in_flight -= 1
+                member.end()
 
     def _least_loaded(self) -> _Member:
         healthy = self._healthy()

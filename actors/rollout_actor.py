@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Awaitable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors.engine import Engine, EngineDied, NcclVerb
 from actors.engine_args import engine_environment
-from actors.pool import ActorDied
+from actors.pool import ActorDied, Arrival
 from actors.reward_actor import make_scorer
 from actors.rollout import Rollout, summarize
 from actors.weight_file import NodeWeightFile
@@ -33,9 +34,8 @@ _HALF_TOLERANCE = 0.25
 _END_SECONDS = 30.0
 
 
-@ray.remote
 class RolloutActor:
-    """One engine, its rollouts, and the receiving end of weight publications."""
+    """One engine, its rollouts, and the receiving end of weight publications. Becomes an actor in `create_rollout_client`."""
 
     def __init__(
         self, config: RunConfig, model_path: str, run_id: str, seed: int, reward_actors: Sequence[Any]
@@ -65,24 +65,21 @@ class RolloutActor:
         """Scored answers without values."""
         return await self._rollout.evaluate(prompt, samples=samples, temperature=temperature)
 
-    async def publish(self, payload: ObjectStorePayload | Probe) -> float:
+    async def publish(self, payload: ObjectStorePayload | Probe) -> Arrival:
         """Take new weights between two tokens of what runs, and prove them.
 
         Args:
             payload: of the object store; or, where NCCL has brought the weights already, the probe alone.
-
-        Returns:
-            The probe's largest difference.
         """
         if isinstance(payload, Probe):
-            return await self._engine.prove(payload, self._tolerance())
+            return await self._prove(payload)
         path = await asyncio.to_thread(self._write_file, payload, asyncio.get_running_loop())
         await self._engine.pause()
         try:
             await self._engine.receive_weights(payload.manifest, path)
         finally:
             await self._engine.resume()
-        return await self._engine.prove(payload.probe, self._tolerance())
+        return await self._prove(payload.probe)
 
     async def nccl(self, verb: NcclVerb, info: dict[str, Any]) -> None:
         """One step of an NCCL transfer, driven by the learner."""
@@ -97,6 +94,15 @@ class RolloutActor:
         if engine := getattr(self, "_engine", None):
             engine.shutdown()
         self._files.close()
+
+    async def _prove(self, probe: Probe) -> Arrival:
+        started = time.monotonic()
+        difference = await self._engine.prove(probe, self._tolerance())
+        return Arrival(
+            probe_difference=difference,
+            pause_seconds=self._engine.pause_seconds,
+            probe_seconds=time.monotonic() - started,
+        )
 
     def _write_file(self, payload: ObjectStorePayload, loop: asyncio.AbstractEventLoop) -> Path:
         """Runs in a thread: the engine goes on answering while hundreds of megabytes are written."""
@@ -137,7 +143,7 @@ class RayRolloutClient:
         """Scored answers."""
         return await _result(self._handle.evaluate.remote(prompt, samples, temperature))
 
-    async def publish(self, weights: PublishedWeights) -> float:
+    async def publish(self, weights: PublishedWeights) -> Arrival:
         """Take new weights and prove them."""
         return await _result(self._handle.publish.remote(weights.payload))
 
@@ -156,7 +162,14 @@ class RayRolloutClient:
 
 
 def create_rollout_client(
-    config: RunConfig, model_path: str, run_id: str, index: int, *, reward_actors: Sequence[Any], step: int = 0
+    config: RunConfig,
+    model_path: str,
+    run_id: str,
+    index: int,
+    *,
+    reward_actors: Sequence[Any],
+    step: int = 0,
+    kind: type[RolloutActor] = RolloutActor,
 ) -> RayRolloutClient:
     """Create rollout actor `index` with the resources of its engine.
 
@@ -164,12 +177,16 @@ def create_rollout_client(
     draws new numbers.
     """
     rollout = config.rollout
-    handle = RolloutActor.options(  # type: ignore[attr-defined]
-        num_cpus=rollout.cpus_per_actor,
-        num_gpus=rollout.gpus_per_actor,
-        max_concurrency=1000,
-        runtime_env={"env_vars": engine_environment(config)},
-    ).remote(config, model_path, run_id, _engine_seed(config.seed, step, index), reward_actors)
+    handle = (
+        ray.remote(kind)
+        .options(
+            num_cpus=rollout.cpus_per_actor,
+            num_gpus=rollout.gpus_per_actor,
+            max_concurrency=1000,
+            runtime_env={"env_vars": engine_environment(config)},
+        )
+        .remote(config, model_path, run_id, _engine_seed(config.seed, step, index), reward_actors)
+    )
     return RayRolloutClient(handle, f"rollout actor {index}")
 
 

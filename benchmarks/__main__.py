@@ -11,12 +11,17 @@ from rich.console import Console
 
 from benchmarks.gradient import GRADIENT
 from benchmarks.learn.case import LEARN
+from benchmarks.learner import LEARNER
+from benchmarks.overlap import OVERLAP
 from benchmarks.rollout import ROLLOUT
 from benchmarks.step import STEP
 from benchmarks.suite import Case, Options, machine, show, to_json
 from benchmarks.values.case import VALUES
+from benchmarks.weights import WEIGHTS
 
-CASES: dict[str, Case] = {case.name: case for case in (ROLLOUT, STEP, VALUES, GRADIENT, LEARN)}
+CASES: dict[str, Case] = {
+    case.name: case for case in (ROLLOUT, LEARNER, WEIGHTS, OVERLAP, STEP, VALUES, GRADIENT, LEARN)
+}
 
 _EPILOG = "Cases: " + "; ".join(f"{case.name} ({case.about})" for case in CASES.values())
 

@@ -221,8 +221,10 @@ class Orchestrator:
         await self._buffer.put(await self._pool.collect(prompt))
 
     async def _publish(self, version: int) -> dict[str, float]:
+        started = time.monotonic()
         weights = await self._timed("weight sync", self._learner.publish(version))
-        return await self._timed("weight sync", self._pool.publish(weights))
+        metrics = await self._timed("weight sync", self._pool.publish(weights))
+        return {**metrics, "timing/weight_sync": time.monotonic() - started}
 
     async def _evaluate(self, step: int, *, log: bool = True) -> dict[str, float]:
         self._progress.phase(f"evaluating on {len(self._evaluation_prompts)} held-out problems")

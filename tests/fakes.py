@@ -106,7 +106,7 @@ class FakePool:
     async def publish(self, weights: PublishedWeights) -> dict[str, float]:
         self.version = weights.version
         self.published.append(weights.version)
-        return {"timing/weight_sync": 0.0, "weights/probe_max_abs_diff": 0.0}
+        return {"timing/pause": 0.0, "weights/probe_max_abs_diff": 0.0}
 
 
 class FakeLearner:

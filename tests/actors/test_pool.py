@@ -1,8 +1,9 @@
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
-from actors.pool import ActorDied, ActorPool, NoActorsLeft
+from actors.pool import ActorDied, ActorPool, Arrival, NoActorsLeft
 from ray_rl.deadlines import DeadlineExceeded
 from ray_rl.protocols import PublishedWeights
 from ray_rl.weight_manifest import WeightTransferError
@@ -19,6 +20,7 @@ class Actor:
         self.served: list[int] = []
         self.discarded: list[int] = []
         self.difference: float | None = 1e-7
+        self.pause = 0.0
 
     async def _work(self) -> None:
         await asyncio.sleep(self.seconds)
@@ -37,11 +39,11 @@ class Actor:
         await self._work()
         return ()
 
-    async def publish(self, weights: PublishedWeights) -> float:
+    async def publish(self, weights: PublishedWeights) -> Arrival:
         await self._work()
         if self.difference is None:
             raise WeightTransferError("probe")
-        return self.difference
+        return Arrival(probe_difference=self.difference, pause_seconds=self.pause, probe_seconds=0.0)
 
     async def discard_weights(self, version: int) -> None:
         await self._work()
@@ -94,11 +96,12 @@ async def test_every_wait_has_a_deadline_that_names_what():
         await pool.collect(prompt(7))
 
 
-async def test_publication_reports_the_worst_probe_and_discards_the_files():
+async def test_publication_reports_the_worst_probe_and_pause_and_discards_the_files():
     actors = [Actor(0), Actor(1)]
-    actors[1].difference = 3e-6
+    actors[1].difference, actors[0].pause = 3e-6, 0.25
     metrics = await make_pool(actors).publish(PublishedWeights(version=4, payload=None))
     assert metrics["weights/probe_max_abs_diff"] == 3e-6
+    assert metrics["timing/pause"] == 0.25
     assert [actor.discarded for actor in actors] == [[4], [4]]
 
 
@@ -117,3 +120,24 @@ async def test_an_actor_that_dies_while_weights_arrive_is_left_out():
     await pool.publish(PublishedWeights(version=1, payload=None))
     await pool.collect(prompt(0))
     assert actors[1].served == [0]
+
+
+async def test_an_engine_without_groups_counts_as_idle_until_it_gets_one(monkeypatch):
+    clock = 100.0
+    monkeypatch.setattr("actors.pool.time", SimpleNamespace(monotonic=lambda: clock))
+    actors = [Actor(0, seconds=0.01), Actor(1)]
+    pool = make_pool(actors)
+
+    async def idle() -> float:
+        return (await pool.publish(PublishedWeights(version=1, payload=None)))["timing/engines_idle"]
+
+    clock = 104.0
+    assert await idle() == 4.0  # both, all the time
+    clock = 105.0
+    group = asyncio.create_task(pool.collect(prompt(0)))
+    await asyncio.sleep(0)
+    clock = 109.0
+    assert await idle() == (1.0 + 5.0) / 2  # the first one worked from 105 on
+    await group
+    clock = 111.0
+    assert await idle() == (2.0 + 2.0) / 2
