@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -142,16 +143,11 @@ def _bare_loop(path: Path, samples: Sequence[TrainingSample]) -> Callable[[int],
 def _peak_bytes(path: Path, variant: str) -> int:
     """Above the loaded model, of one forward and backward pass over a microbatch, in a process of its own."""
     with tempfile.NamedTemporaryFile("r") as told:
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.learner_memory",
-            str(path),
-            variant,
-            str(_MEMORY_TOKENS),
-            told.name,
-        ]
-        subprocess.run(command, check=True, timeout=1800)
+        arguments = [str(path), variant, str(_MEMORY_TOKENS), told.name]
+        command = [sys.executable, "-m", "benchmarks.learner_memory", *arguments]
+        # What is freed goes back to the system at once, so that the peak is what is in use and not how it is scattered.
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+        subprocess.run(command, env=environment, check=True, timeout=1800)
         return int(told.read())
 
 

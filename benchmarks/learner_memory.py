@@ -31,6 +31,8 @@ def main(model_path: Path, variant: str, tokens: int) -> int:
     batch = packed_batch(chosen, Microbatch(indices=tuple(range(len(chosen)))), torch.device("cpu"))
     policy = Policy(model)
     for parameter in model.parameters():
+        # What a file is mapped for becomes resident only when it is read, which would look like the pass's own.
+        parameter.data = parameter.data.clone()
         parameter.grad = torch.zeros_like(parameter)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew

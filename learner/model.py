@@ -16,8 +16,8 @@ from learner.attention import PACKED_SDPA, register
 from learner.batches import PackedSequences
 from ray_rl.config.model import ModelConfig
 
-_CHUNK_FLOATS = 2**25
-"""Logits that live at a time: 128 MiB in float32, and a few times that in passing."""
+_CHUNK_FLOATS, _CHUNK_ROWS = 2**23, 512
+"""Logits that live at a time: 32 MiB in float32, and a few times that in passing; but rows enough to keep the hardware busy."""
 
 
 def load_model(config: ModelConfig, path: str | os.PathLike[str], *, trainable: bool = True) -> nn.Module:
@@ -105,7 +105,7 @@ class Policy(nn.Module):
             logits = self.model(**model_inputs(sequences), logits_to_keep=predicting).logits[0]
             return _scored(logits, targets, temperature)
         hidden = self.model.base_model(**model_inputs(sequences)).last_hidden_state[0].index_select(0, predicting)
-        size = max(_CHUNK_FLOATS // vocabulary_size(self.model), 1)
+        size = max(_CHUNK_FLOATS // vocabulary_size(self.model), _CHUNK_ROWS)
         # Without any target one empty chunk is left, through which the (empty) gradient flows to all parameters.
         chunks = zip(hidden.split(size), targets.split(size), strict=True)
         compute = partial(checkpoint, self._chunk, use_reentrant=False) if self._recompute_head else self._chunk
@@ -153,16 +153,27 @@ def _scored(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor
     logits = logits.float()
     if temperature != 1.0:
         logits = logits / temperature
-    normalizer = torch.logsumexp(logits, dim=-1)
-    chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return chosen - normalizer, _entropy(logits.detach(), normalizer.detach())
+    return _Scores.apply(logits, targets)
 
 
-@torch.no_grad()
-def _entropy(logits: Tensor, normalizer: Tensor) -> Tensor:
-    """-sum p log p of [C, V] logits."""
-    probabilities = torch.exp(logits - normalizer.unsqueeze(-1))
-    return normalizer - (probabilities.mul_(logits)).sum(dim=-1)
+class _Scores(torch.autograd.Function):
+    """Log-probabilities, with the gradient 1[v = target] - p_v, and entropies; few passes over [N, V], one tensor of it kept."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        targets = targets.unsqueeze(-1)
+        everything = torch.log_softmax(logits, dim=-1)
+        probabilities = everything.exp()
+        entropies = -torch.linalg.vecdot(probabilities, everything)
+        ctx.save_for_backward(probabilities, targets)
+        ctx.mark_non_differentiable(entropies)
+        return everything.gather(-1, targets).squeeze(-1), entropies
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        probabilities, targets = ctx.saved_tensors
+        of_logprobs = gradients[0].unsqueeze(-1)
+        return (probabilities * -of_logprobs).scatter_add_(-1, targets, of_logprobs), None
 
 
 def vocabulary_size(model: nn.Module) -> int:

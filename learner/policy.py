@@ -61,7 +61,8 @@ def reduce_gradients(engine: DeepSpeedEngine) -> float | None:
     """
     if not _is_plain(engine):
         return None
-    engine.buffered_allreduce_fallback()
+    if engine.dp_world_size > 1:  # of one rank it would only copy all gradients to and fro
+        engine.buffered_allreduce_fallback()
     gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
     return float(torch.nn.utils.get_total_norm(gradients))
 

@@ -48,8 +48,9 @@ class KlConfig(Section):
     """beta. 0: no reference model is loaded."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """Of the divergence, from one sample per token (k3 is GRPO's and VinePPO's)."""
-    aggregation: Literal["token_mean", "sequence_sum"] = "token_mean"
-    """Mean over tokens, or summed per sequence and averaged over sequences (about |o| times stronger)."""
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = "token_mean"
+    """As the loss's; and `sequence_sum`, summed per sequence and averaged over sequences (VinePPO's code): about |o| times as
+    strong as the means."""
     clamp: float | None = Field(None, gt=0)
     """Upper bound of a token's estimate (VinePPO's code: 10)."""
     refresh_every: int | None = Field(None, ge=1)

@@ -64,6 +64,7 @@ def gradients_of(model, weights, logprobs):
 @pytest.mark.parametrize(("attention", "recompute"), [("sdpa", True), ("eager", True), ("sdpa", False)])
 def test_packed_and_chunked_is_exact_with_its_gradients(model_path, monkeypatch, chunk, attention, recompute):
     monkeypatch.setattr(learner.model, "_CHUNK_FLOATS", chunk)
+    monkeypatch.setattr(learner.model, "_CHUNK_ROWS", 1)
     samples = make_samples(7)
     batch = packed_batch(samples, Microbatch(indices=tuple(range(7))), CPU)
     ours = load_model(ModelConfig(attention=attention), model_path)
@@ -82,6 +83,7 @@ def test_packed_and_chunked_is_exact_with_its_gradients(model_path, monkeypatch,
 def test_no_logits_of_the_whole_row_are_kept(model_path, monkeypatch):
     """Of all tensors that the backward pass holds on to, none has the vocabulary's width."""
     monkeypatch.setattr(learner.model, "_CHUNK_FLOATS", 40 * 4)
+    monkeypatch.setattr(learner.model, "_CHUNK_ROWS", 1)
     samples = make_samples(7)
     batch = packed_batch(samples, Microbatch(indices=tuple(range(7))), CPU)
     policy, kept = Policy(load_model(ModelConfig(), model_path)), []
