@@ -16,6 +16,7 @@ from ray_rl.deadlines import wait
 from ray_rl.errors import RunError
 from ray_rl.protocols import CollectedGroup, PublishedWeights
 from ray_rl.types import Prompt, ScoredSample
+from ray_rl.weight_manifest import Probe
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -27,18 +28,6 @@ class ActorDied(RunError):
 
 class NoActorsLeft(RunError):
     """Every rollout actor died."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arrival:
-    """New weights in one engine."""
-
-    probe_difference: float
-    """Largest difference of a log-probability that the probe saw."""
-    pause_seconds: float
-    """How long the engine sampled nothing."""
-    probe_seconds: float
-    """From the engine's going on to its first log-probabilities under the new weights."""
 
 
 class RolloutClient(Protocol):
@@ -55,8 +44,11 @@ class RolloutClient(Protocol):
     async def evaluate(self, prompt: Prompt, samples: int, temperature: float) -> tuple[ScoredSample, ...]:
         """Scored answers."""
 
-    async def publish(self, weights: PublishedWeights) -> Arrival:
-        """Take new weights and prove them."""
+    async def receive_weights(self, weights: PublishedWeights) -> float:
+        """Take new weights and go on. Returns the seconds in which the engine sampled nothing."""
+
+    async def prove_weights(self, probe: Probe) -> float:
+        """Largest difference between the engine's log-probabilities and the probe's."""
 
     async def discard_weights(self, version: int) -> None:
         """Remove what the transfer left on the actor's node."""
@@ -164,46 +156,51 @@ class ActorPool:
             NoActorsLeft: every actor died.
         """
         try:
-            answers = await wait(
-                asyncio.gather(*(self._publish_to(member, weights) for member in self._healthy())),
+            pauses = await wait(
+                self._of_all(lambda client: client.receive_weights(weights)),
                 self._publish_timeout,
                 what=f"policy version {weights.version} to reach every rollout actor",
             )
         finally:
             await self._discard(weights.version)
+        probe = await weights.probe()
+        differences = await wait(
+            self._of_all(lambda client: client.prove_weights(probe)),
+            self._publish_timeout,
+            what=f"every rollout actor to prove policy version {weights.version}",
+        )
         healthy = self._healthy()
         if not healthy:
             raise NoActorsLeft("every rollout actor died; see their logs")
-        arrivals = [arrival for arrival in answers if arrival is not None]
         return {
-            "timing/pause": max(arrival.pause_seconds for arrival in arrivals),
+            "timing/pause": max(pauses),
             "timing/engines_idle": sum(member.take_idle() for member in healthy) / len(healthy),
-            "weights/probe_max_abs_diff": max(arrival.probe_difference for arrival in arrivals),
+            "weights/probe_max_abs_diff": max(differences),
         }
 
     async def shutdown(self) -> None:
         """End every actor."""
         await asyncio.gather(*(member.client.shutdown() for member in self._members))
 
-    async def _publish_to(self, member: _Member, weights: PublishedWeights) -> Arrival | None:
-        try:
-            return await member.client.publish(weights)
-        except ActorDied as death:
-            self._bury(member, death)
-            return None
-
     async def _discard(self, version: int) -> None:
-        async def one(member: _Member) -> None:
-            try:
-                await member.client.discard_weights(version)
-            except ActorDied as death:
-                self._bury(member, death)
-
         await wait(
-            asyncio.gather(*(one(member) for member in self._healthy())),
+            self._of_all(lambda client: client.discard_weights(version)),
             self._publish_timeout,
             what=f"the files of policy version {version} to be removed",
         )
+
+    async def _of_all(self, call: Callable[[RolloutClient], Awaitable[T]]) -> list[T]:
+        """Answers of all healthy actors; those that die meanwhile are left out."""
+
+        async def one(member: _Member) -> list[T]:
+            try:
+                return [await call(member.client)]
+            except ActorDied as death:
+                self._bury(member, death)
+                return []
+
+        answers = await asyncio.gather(*(one(member) for member in self._healthy()))
+        return [answer for of_member in answers for answer in of_member]
 
     async def _route(self, call: Callable[[RolloutClient], Awaitable[T]], *, what: str) -> T:
         while True:

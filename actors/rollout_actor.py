@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
 from collections.abc import Awaitable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,15 +14,15 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors.engine import Engine, EngineDied, NcclVerb
 from actors.engine_args import engine_environment
-from actors.pool import ActorDied, Arrival
+from actors.pool import ActorDied
 from actors.reward_actor import make_scorer
 from actors.rollout import Rollout, summarize
-from actors.weight_file import NodeWeightFile
 from ray_rl.config import RunConfig
 from ray_rl.deadlines import DeadlineExceeded, wait
 from ray_rl.protocols import CollectedGroup, PublishedWeights
 from ray_rl.tokenizer import load_tokenizer
 from ray_rl.types import GroupSummary, Prompt, ScoredSample, TrajectoryGroup
+from ray_rl.weight_file import NodeWeightFile
 from ray_rl.weight_manifest import ObjectStorePayload, Probe
 
 logger = logging.getLogger(__name__)
@@ -65,25 +64,35 @@ class RolloutActor:
         """Scored answers without values."""
         return await self._rollout.evaluate(prompt, samples=samples, temperature=temperature)
 
-    async def publish(self, payload: ObjectStorePayload | Probe) -> Arrival:
-        """Take new weights between two tokens of what runs, and prove them.
+    async def receive_weights(self, payload: ObjectStorePayload | None) -> float:
+        """Take new weights between two tokens of what runs.
 
         Args:
-            payload: of the object store; or, where NCCL has brought the weights already, the probe alone.
+            payload: of the object store; None where NCCL has brought the weights already.
+
+        Returns:
+            Seconds in which the engine sampled nothing.
         """
-        if isinstance(payload, Probe):
-            return await self._prove(payload)
-        path = await asyncio.to_thread(self._write_file, payload, asyncio.get_running_loop())
-        await self._engine.pause()
-        try:
-            await self._engine.receive_weights(payload.manifest, path)
-        finally:
-            await self._engine.resume()
-        return await self._prove(payload.probe)
+        if payload is not None:
+            path = await asyncio.to_thread(self._write_file, payload, asyncio.get_running_loop())
+            await self._engine.pause()
+            try:
+                await self._engine.receive_weights(payload.manifest, path)
+            finally:
+                await self._engine.resume()
+        return self._engine.pause_seconds
+
+    async def prove_weights(self, probe: Probe) -> float:
+        """The probe's largest difference."""
+        return await self._engine.prove(probe, self._tolerance())
 
     async def nccl(self, verb: NcclVerb, info: dict[str, Any]) -> None:
         """One step of an NCCL transfer, driven by the learner."""
         await self._engine.nccl(verb, info)
+
+    def weight_file_identity(self) -> str:
+        """As `NodeWeightFile.identity`."""
+        return self._files.identity
 
     def discard_weights(self, version: int) -> None:
         """Remove the version's file from this node; the engines have what they need."""
@@ -94,15 +103,6 @@ class RolloutActor:
         if engine := getattr(self, "_engine", None):
             engine.shutdown()
         self._files.close()
-
-    async def _prove(self, probe: Probe) -> Arrival:
-        started = time.monotonic()
-        difference = await self._engine.prove(probe, self._tolerance())
-        return Arrival(
-            probe_difference=difference,
-            pause_seconds=self._engine.pause_seconds,
-            probe_seconds=time.monotonic() - started,
-        )
 
     def _write_file(self, payload: ObjectStorePayload, loop: asyncio.AbstractEventLoop) -> Path:
         """Runs in a thread: the engine goes on answering while hundreds of megabytes are written."""
@@ -143,9 +143,13 @@ class RayRolloutClient:
         """Scored answers."""
         return await _result(self._handle.evaluate.remote(prompt, samples, temperature))
 
-    async def publish(self, weights: PublishedWeights) -> Arrival:
-        """Take new weights and prove them."""
-        return await _result(self._handle.publish.remote(weights.payload))
+    async def receive_weights(self, weights: PublishedWeights) -> float:
+        """Take new weights; seconds of the engine's pause."""
+        return await _result(self._handle.receive_weights.remote(weights.payload))
+
+    async def prove_weights(self, probe: Probe) -> float:
+        """The probe's largest difference."""
+        return await _result(self._handle.prove_weights.remote(probe))
 
     async def discard_weights(self, version: int) -> None:
         """Remove what the transfer left on the actor's node."""

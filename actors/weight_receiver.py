@@ -29,7 +29,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.platforms import current_platform
 
 from actors.engine_args import OWNER_PID, WEIGHT_BACKEND
-from actors.weight_file import sweep_dead
+from ray_rl.weight_file import sweep_dead
 from ray_rl.weight_manifest import TensorEntry, WeightManifest, WeightTransferError, digest_bytes
 
 
@@ -52,6 +52,13 @@ class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
     """A WeightManifest as plain data."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Mapping:
+    key: tuple[int, int, int]
+    """Device, inode and size of the file."""
+    content: memoryview
+
+
 class SharedMemoryReceiver(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
     """Maps the file, proves every tensor's bytes, then lets the model load them.
 
@@ -62,6 +69,7 @@ class SharedMemoryReceiver(WeightTransferEngine[SharedMemoryInitInfo, SharedMemo
     update_info_cls = SharedMemoryUpdateInfo
 
     _half_loaded = False
+    _mapping: _Mapping | None = None
 
     def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
         """Nothing to do."""
@@ -79,7 +87,7 @@ class SharedMemoryReceiver(WeightTransferEngine[SharedMemoryInitInfo, SharedMemo
         if self._half_loaded:
             raise WeightTransferError("an earlier transfer broke off while loading; this engine must be replaced")
         manifest = WeightManifest.from_dict(update_info.manifest)
-        content = _map(update_info.path)
+        content = self._content(update_info.path)
         prove_digests(manifest, content, threads=torch.get_num_threads())
         self._half_loaded = True
         initialize_layerwise_reload(self.model)
@@ -92,7 +100,20 @@ class SharedMemoryReceiver(WeightTransferEngine[SharedMemoryInitInfo, SharedMemo
         self._half_loaded = False
 
     def shutdown(self) -> None:
-        """Nothing is held between transfers."""
+        """Give the mapped memory back."""
+        self._mapping = None
+
+    def _content(self, path: str) -> memoryview:
+        # Versions are written into the same file, one after the other: mapping it anew would cost as much as a copy of it.
+        with open(path, "rb") as file:
+            found = os.fstat(file.fileno())
+            key = (found.st_dev, found.st_ino, found.st_size)
+            if self._mapping is None or self._mapping.key != key:
+                # A private mapping: torch wants writable memory, and nothing that writes may reach the other engines' pages.
+                # What the learner writes shows through, for nothing here does write; else the digests would tell.
+                content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+                self._mapping = _Mapping(key=key, content=content)
+        return self._mapping.content
 
 
 def tensors(manifest: WeightManifest, content: memoryview) -> Iterator[tuple[str, torch.Tensor]]:
@@ -135,12 +156,6 @@ def repack_heads(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
-
-
-def _map(path: str) -> memoryview:
-    # A private mapping: torch wants writable memory, and nothing that writes may reach the other engines' pages.
-    with open(path, "rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
 def _register() -> None:

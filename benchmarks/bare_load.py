@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from actors.weight_receiver import WeightReceiverExtension, tensors
+from actors.weight_receiver import WeightReceiverExtension, repack_heads, tensors
 from ray_rl.weight_manifest import WeightManifest
 
 
@@ -26,10 +26,11 @@ class BareLoadExtension(WeightReceiverExtension):
         self._held = list(tensors(WeightManifest.from_dict(manifest), content))
 
     def bare_load(self) -> float:
-        """Seconds of taking the model apart, loading, and putting it together."""
+        """Seconds of taking the model apart, loading, putting it together, and renewing what vLLM forgets (`repack_heads`)."""
         started = time.perf_counter()
         model = self.model_runner.model
         initialize_layerwise_reload(model)
         model.load_weights(iter(self._held))
         finalize_layerwise_reload(model, self.model_config)
+        repack_heads(model)
         return time.perf_counter() - started

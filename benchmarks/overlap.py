@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.pool import ActorPool, Arrival
+from actors.pool import ActorPool
 from benchmarks.suite import Case, CaseResult, Options, median
 from ray_rl.config import RunConfig, resolve_config
 from ray_rl.orchestrator import Orchestrator
@@ -22,6 +22,7 @@ from ray_rl.protocols import CollectedGroup, PublishedWeights
 from ray_rl.run_report import RunReport
 from ray_rl.run_state import RunFolder, RunState
 from ray_rl.types import GroupCost, GroupSummary, Problem, Prompt, ScoredSample, StepStats
+from ray_rl.weight_manifest import Probe
 
 _ENGINES = 2
 _GROUPS_IN_FLIGHT = 8
@@ -129,10 +130,13 @@ class _SleepingEngine:
     async def evaluate(self, prompt: Prompt, samples: int, temperature: float) -> tuple[ScoredSample, ...]:
         return ()
 
-    async def publish(self, weights: PublishedWeights) -> Arrival:
+    async def receive_weights(self, weights: PublishedWeights) -> float:
         await asyncio.sleep(_SYNC_SECONDS)
         self._version = weights.version
-        return Arrival(probe_difference=0.0, pause_seconds=_SYNC_SECONDS, probe_seconds=0.0)
+        return _SYNC_SECONDS
+
+    async def prove_weights(self, probe: Probe) -> float:
+        return 0.0
 
     async def discard_weights(self, version: int) -> None: ...
 
@@ -150,7 +154,7 @@ class _SleepingLearner:
         return StepStats(metrics={})
 
     async def publish(self, version: int) -> PublishedWeights:
-        return PublishedWeights(version=version, payload=None)
+        return PublishedWeights(version=version, payload=None, probe=_probe)
 
     async def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,6 +163,10 @@ class _SleepingLearner:
 
     async def export(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+
+
+async def _probe() -> Probe:
+    return Probe(token_ids=(), logprobs=())
 
 
 class _Sink:

@@ -12,15 +12,15 @@ from typing import Any
 import ray
 
 from actors.rollout_actor import RayRolloutClient, RolloutActor, create_rollout_client
-from actors.weight_file import sweep
 from benchmarks.fetch_smollm2 import make
 from benchmarks.suite import Case, CaseResult, Options, median
 from learner.group import LearnerGroup
 from ray_rl.config import RunConfig, resolve_config
 from ray_rl.embedded import policy_path
+from ray_rl.weight_file import sweep
 from ray_rl.weight_manifest import ObjectStorePayload
 
-_TIMES = ("sync", "first token", "learner", "actors", "pause", "bare load")
+_TIMES = ("sync", "learner", "pause", "proof", "bare load")
 
 
 def run(options: Options) -> CaseResult:
@@ -80,7 +80,7 @@ async def _measure(model: Path, actors: int, repeats: int) -> tuple[list[dict[st
         for client in clients:
             await client.start()
         learner = await LearnerGroup.start(config, str(model))
-        await learner.connect([client.handle for client in clients])
+        await learner.connect([client.handle for client in clients], run_id)
         weights = await learner.publish(0)
         await asyncio.gather(*(client.handle.hold_weights.remote(weights.payload) for client in clients))
         await _discard(clients, 0)
@@ -101,21 +101,19 @@ async def _publish_and_load(
     weights = await learner.publish(version)
     published = time.monotonic()
 
-    async def bring(client: RayRolloutClient) -> tuple[float, float, float]:
-        arrival = await client.publish(weights)
-        now = time.monotonic()
-        return now - started - arrival.probe_seconds, now - started, arrival.pause_seconds
-
-    arrived = await asyncio.gather(*(bring(client) for client in clients))
+    pauses = await asyncio.gather(*(client.receive_weights(weights) for client in clients))
+    resumed = time.monotonic()
     await _discard(clients, version)
+    probe = await weights.probe()
+    differences = await asyncio.gather(*(client.prove_weights(probe) for client in clients))
+    proven = time.monotonic()
+    assert max(differences) < 1e-4
     loads = await asyncio.gather(*(client.handle.bare_load.remote() for client in clients))
-    resumed, proven, paused = (max(of_all) for of_all in zip(*arrived, strict=True))
     return {
-        "sync": resumed,
-        "first token": proven,
+        "sync": resumed - started,
         "learner": published - started,
-        "actors": resumed - (published - started),
-        "pause": paused,
+        "pause": max(pauses),
+        "proof": proven - resumed,
         "bare load": max(loads),
     }
 

@@ -14,6 +14,7 @@ from ray_rl.config.learner import LearnerConfig
 from ray_rl.config.run import RunConfig
 from ray_rl.protocols import CollectedGroup, PublishedWeights
 from ray_rl.types import StepStats
+from ray_rl.weight_manifest import Probe
 
 
 class LearnerGroup:
@@ -47,12 +48,13 @@ class LearnerGroup:
         address, port = await self._actors[0].host.remote()
         await asyncio.gather(*(actor.start.remote(address, port) for actor in self._actors))
 
-    async def connect(self, rollout_actors: Sequence[Any]) -> None:
-        """Make the sending end of `weights.kind`, towards these actors."""
+    async def connect(self, rollout_actors: Sequence[Any], run_id: str) -> None:
+        """Make the sending end of `weights.kind`, towards the rollout actors of this run."""
         port = await deadlines.wait(
             self._actors[0].free_port.remote(), self._config.start_timeout, what="a free port on the learner's node"
         )
-        await self._on_all_ranks("connect", list(rollout_actors), port, what="the learner to meet the rollout actors")
+        what = "the learner to meet the rollout actors"
+        await self._on_all_ranks("connect", list(rollout_actors), run_id, port, what=what)
 
     async def train(self, step: int, groups: Sequence[CollectedGroup]) -> StepStats:
         """One training step; every rank fetches the groups and trains on its share."""
@@ -62,8 +64,12 @@ class LearnerGroup:
 
     async def publish(self, version: int) -> PublishedWeights:
         """The current policy as a new version."""
-        weights, *_ = await self._on_all_ranks("publish", version, what=f"the publication of version {version}")
-        return weights
+        payload, *_ = await self._on_all_ranks("publish", version, what=f"the publication of version {version}")
+        return PublishedWeights(version=version, payload=payload, probe=self._probe)
+
+    async def _probe(self) -> Probe:
+        probe, *_ = await self._on_all_ranks("probe", what="the learner's log-probabilities of the probe prompt")
+        return probe
 
     async def logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probabilities of token_ids[1:] under the current policy at temperature 1; [P - 1] for [P] tokens."""

@@ -14,12 +14,13 @@ from learner.checkpoint import export_model, load_checkpoint, save_checkpoint
 from learner.distributed import host_store, join_store
 from learner.engine import LearnerEngine
 from learner.samples import training_samples
-from learner.weight_publisher import ObjectStorePublisher
+from learner.weight_publisher import ObjectStorePublisher, make_probe
 from ray_rl import deadlines
 from ray_rl.config.run import RunConfig
 from ray_rl.config.weights import ObjectStoreWeights
-from ray_rl.protocols import PublishedWeights
 from ray_rl.types import TrajectoryGroup
+from ray_rl.weight_file import NodeWeightFile
+from ray_rl.weight_manifest import ObjectStorePayload, Probe
 
 if TYPE_CHECKING:
     from learner.nccl_publisher import NcclPublisher
@@ -73,16 +74,28 @@ class LearnerActor:
         samples = [sample for group in groups for sample in training_samples(group, self._config)]
         return self._engine.train(samples, step)
 
-    def connect(self, rollout_actors: Sequence[Any], port: int) -> None:
+    def connect(self, rollout_actors: Sequence[Any], run_id: str, port: int) -> None:
         """Make the sending end of `weights.kind`. A collective.
 
         Args:
             rollout_actors: handles of all rollout actors.
+            run_id: under which the run's files lie in each node's memory.
             port: free on rank 0's node, for NCCL's rendezvous.
         """
         weights = self._config.weights
         if isinstance(weights, ObjectStoreWeights):
-            self._publisher = ObjectStorePublisher(self._engine, weights.chunk_mib)
+            files = NodeWeightFile(run_id)
+            told = [actor.weight_file_identity.remote() for actor in rollout_actors]
+            what = "the rollout actors to say where their files lie"
+            seen = cast(list[str], deadlines.get(told, weights.timeout, what=what))
+            self._publisher = ObjectStorePublisher(
+                self._engine,
+                files,
+                chunk_mib=weights.chunk_mib,
+                timeout=weights.timeout,
+                engines_here=files.identity in seen,
+                engines_elsewhere=any(identity != files.identity for identity in seen),
+            )
             return
         from learner.nccl_publisher import NcclPublisher
 
@@ -95,9 +108,13 @@ class LearnerActor:
             timeout=weights.timeout,
         )
 
-    def publish(self, version: int) -> PublishedWeights | None:
-        """The current policy as a new version, after `connect`; None on ranks other than 0."""
+    def publish(self, version: int) -> ObjectStorePayload | None:
+        """The current policy as a new version, after `connect`; None on ranks other than 0, and after a transfer by NCCL."""
         return self._publisher.publish(version)
+
+    def probe(self) -> Probe:
+        """What an engine with the current policy must compute."""
+        return make_probe(self._engine)
 
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """As `LearnerEngine.logprobs`."""

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-from learner.weight_publisher import WeightOwner, probe_prompt
+from learner.weight_publisher import WeightOwner
 from ray_rl.deadlines import DeadlineExceeded, get
-from ray_rl.protocols import PublishedWeights
-from ray_rl.weight_manifest import Probe
 
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import WeightTransferUpdatePayload
@@ -126,20 +124,14 @@ class NcclPublisher:
             "the NCCL group of learner and engines",
         )
 
-    def publish(self, version: int) -> PublishedWeights | None:
+    def publish(self, version: int) -> None:
         """Send the present weights. A collective: every rank calls it.
-
-        Returns:
-            On rank 0 the version with the `Probe` as payload, for the engines' proof; None on the others.
 
         Raises:
             DeadlineExceeded: it took too long. The group is then unusable, and so is this process for another one.
         """
-        prompt = probe_prompt(self._engine.vocab_size)
-        probe = Probe(token_ids=prompt, logprobs=tuple(self._engine.logprobs(prompt)))
         self._client.version = version
         self._in_time(self._sender.send_weights, f"version {version} to be sent by NCCL")
-        return PublishedWeights(version=version, payload=probe) if self._engine.rank == 0 else None
 
     def _in_time(self, function: Any, what: str) -> Any:
         """Run in a thread, for NCCL waits for ever where a peer is missing."""

@@ -21,7 +21,6 @@ import ray
 from actors.pool import ActorPool
 from actors.reward_actor import create_reward_actors, start_reward_actors
 from actors.rollout_actor import create_rollout_client
-from actors.weight_file import sweep
 from learner.advantages import token_advantages
 from learner.group import LearnerGroup
 from ray_rl.config import RunConfig
@@ -42,6 +41,7 @@ from ray_rl.run_state import RunFolder, RunState
 from ray_rl.sinks import logged_metrics, make_sink
 from ray_rl.tasks import make_task
 from ray_rl.tokenizer import TokenizerCodec, load_tokenizer
+from ray_rl.weight_file import sweep
 
 logger = logging.getLogger(__name__)
 
@@ -200,14 +200,15 @@ async def _actors(
             ranks = starting.create_task(LearnerGroup.start(config, model)) if with_learner else None
         learner = ranks.result() if ranks else None
         if learner:
-            await learner.connect([client.handle for client in clients])
+            await learner.connect([client.handle for client in clients], run_id)
         yield pool, learner
     finally:
+        # The learner first: on each node the last user of the run's files removes them, and it is killed without ado.
+        if learner:
+            learner.shutdown()
         try:
             await pool.shutdown()
         finally:  # also when the user would not wait for the engines
-            if learner:
-                learner.shutdown()
             for actor in reward_actors:
                 ray.kill(actor)
             sweep(run_id)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from ray_rl.types import GroupSummary, Prompt, ScoredSample, StepStats
+from ray_rl.weight_manifest import Probe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +27,9 @@ class PublishedWeights:
 
     version: int
     payload: Any
-    """The transport's own: for the object store, manifest, chunk references and probe."""
+    """The transport's own: for the object store, manifest and chunk references; None where the engines have them already."""
+    probe: Callable[[], Awaitable[Probe]]
+    """What proves them. Asked for when the engines have loaded: on a shared machine they need the cores until then."""
 
 
 class RolloutPool(Protocol):

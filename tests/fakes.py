@@ -15,6 +15,7 @@ from ray_rl.types import (
     StepStats,
     VersionSpan,
 )
+from ray_rl.weight_manifest import Probe
 
 NO_COST = GroupCost(
     primary_tokens=0,
@@ -122,7 +123,7 @@ class FakeLearner:
         return StepStats(metrics={"loss/policy": 0.0, "policy/grad_norm": 1.0})
 
     async def publish(self, version: int) -> PublishedWeights:
-        return PublishedWeights(version=version, payload=None)
+        return PublishedWeights(version=version, payload=None, probe=_no_probe)
 
     async def save(self, folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -132,3 +133,7 @@ class FakeLearner:
 
     async def export(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+
+
+async def _no_probe() -> Probe:
+    raise AssertionError("the fake pool proves nothing")

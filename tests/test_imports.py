@@ -16,6 +16,7 @@ KERNEL = (
     "ray_rl.config",
     "ray_rl.tasks",
     "ray_rl.tokenizer",
+    "ray_rl.weight_file",
     "ray_rl.weight_manifest",
     "ray_rl.deadlines",
     "ray_rl.errors",

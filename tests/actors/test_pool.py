@@ -3,11 +3,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from actors.pool import ActorDied, ActorPool, Arrival, NoActorsLeft
+from actors.pool import ActorDied, ActorPool, NoActorsLeft
 from ray_rl.deadlines import DeadlineExceeded
 from ray_rl.protocols import PublishedWeights
-from ray_rl.weight_manifest import WeightTransferError
+from ray_rl.weight_manifest import Probe, WeightTransferError
 from tests.fakes import collected, prompt
+
+
+async def make_probe() -> Probe:
+    return Probe(token_ids=(1, 2), logprobs=(-1.0,))
+
+
+def version(number: int) -> PublishedWeights:
+    return PublishedWeights(version=number, payload=None, probe=make_probe)
 
 
 class Actor:
@@ -39,11 +47,15 @@ class Actor:
         await self._work()
         return ()
 
-    async def publish(self, weights: PublishedWeights) -> Arrival:
+    async def receive_weights(self, weights: PublishedWeights) -> float:
+        await self._work()
+        return self.pause
+
+    async def prove_weights(self, probe: Probe) -> float:
         await self._work()
         if self.difference is None:
             raise WeightTransferError("probe")
-        return Arrival(probe_difference=self.difference, pause_seconds=self.pause, probe_seconds=0.0)
+        return self.difference
 
     async def discard_weights(self, version: int) -> None:
         await self._work()
@@ -99,7 +111,7 @@ async def test_every_wait_has_a_deadline_that_names_what():
 async def test_publication_reports_the_worst_probe_and_pause_and_discards_the_files():
     actors = [Actor(0), Actor(1)]
     actors[1].difference, actors[0].pause = 3e-6, 0.25
-    metrics = await make_pool(actors).publish(PublishedWeights(version=4, payload=None))
+    metrics = await make_pool(actors).publish(version(4))
     assert metrics["weights/probe_max_abs_diff"] == 3e-6
     assert metrics["timing/pause"] == 0.25
     assert [actor.discarded for actor in actors] == [[4], [4]]
@@ -109,7 +121,7 @@ async def test_a_failed_proof_stops_the_publication_and_still_discards_the_files
     actors = [Actor(0), Actor(1)]
     actors[0].difference = None
     with pytest.raises(WeightTransferError):
-        await make_pool(actors).publish(PublishedWeights(version=4, payload=None))
+        await make_pool(actors).publish(version(4))
     assert [actor.discarded for actor in actors] == [[4], [4]]
 
 
@@ -117,7 +129,7 @@ async def test_an_actor_that_dies_while_weights_arrive_is_left_out():
     actors = [Actor(0), Actor(1)]
     pool = make_pool(actors)
     actors[0].alive = False
-    await pool.publish(PublishedWeights(version=1, payload=None))
+    await pool.publish(version(1))
     await pool.collect(prompt(0))
     assert actors[1].served == [0]
 
@@ -129,7 +141,7 @@ async def test_an_engine_without_groups_counts_as_idle_until_it_gets_one(monkeyp
     pool = make_pool(actors)
 
     async def idle() -> float:
-        return (await pool.publish(PublishedWeights(version=1, payload=None)))["timing/engines_idle"]
+        return (await pool.publish(version(1)))["timing/engines_idle"]
 
     clock = 104.0
     assert await idle() == 4.0  # both, all the time

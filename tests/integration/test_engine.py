@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from actors.engine import EngineDied
-from actors.weight_file import shared_memory_folder
+from ray_rl.weight_file import shared_memory_folder
 from tests.integration.tiny_engine import EOS, VOCABULARY, RunningEngine, hf_logprobs, running_engine, tiny_model
 
 pytestmark = pytest.mark.integration

@@ -14,8 +14,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors.engine import Engine
-from actors.weight_file import NodeWeightFile
 from ray_rl.config import RunConfig, resolve_config
+from ray_rl.weight_file import NodeWeightFile
 from ray_rl.weight_manifest import Probe, TensorEntry, WeightManifest, digest_bytes
 
 T = TypeVar("T")

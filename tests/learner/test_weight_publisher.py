@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from learner import weight_publisher
-from learner.weight_publisher import ObjectStorePublisher, probe_prompt
+from learner.weight_publisher import ObjectStorePublisher, make_probe
+from ray_rl.weight_file import NodeWeightFile
 from ray_rl.weight_manifest import ObjectStorePayload, WeightManifest, digest_bytes
 
 
@@ -47,17 +49,24 @@ class FakeStore:
         return len(self.objects) - 1
 
 
-def published(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> tuple[FakeEngine, FakeStore, ObjectStorePayload]:
+def publisher(engine: FakeEngine, store: FakeStore, folder: Path, *, here: bool = True, elsewhere: bool = True):
+    files = NodeWeightFile("run", folder)
+    return ObjectStorePublisher(
+        engine, files, chunk_mib=1, timeout=5, engines_here=here, engines_elsewhere=elsewhere, put=store.put
+    )
+
+
+def published(
+    chunk_bytes: int, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> tuple[FakeEngine, FakeStore, ObjectStorePayload]:
     monkeypatch.setattr(weight_publisher, "_MIB", chunk_bytes)
     engine, store = FakeEngine(), FakeStore()
-    weights = ObjectStorePublisher(engine, chunk_mib=1, put=store.put).publish(3)
-    assert weights is not None
-    assert weights.version == 3
-    return engine, store, weights.payload
+    payload = publisher(engine, store, folder).publish(3)
+    assert payload is not None
+    return engine, store, payload
 
 
-def tensors_of(store: FakeStore, payload: ObjectStorePayload) -> dict[str, Tensor]:
-    content = b"".join(store.objects[ref].tobytes() for ref in payload.chunks)
+def tensors_of(content: bytes, payload: ObjectStorePayload) -> dict[str, Tensor]:
     tensors = {}
     for entry in payload.manifest.tensors:
         data = content[entry.offset : entry.offset + entry.nbytes]
@@ -68,45 +77,77 @@ def tensors_of(store: FakeStore, payload: ObjectStorePayload) -> dict[str, Tenso
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 63, 64, 1000, 4096, 10_000_000])
-def test_chunks_and_manifest_give_every_tensor_back_bit_for_bit(
-    chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+def test_file_chunks_and_manifest_give_every_tensor_back_bit_for_bit(
+    chunk_bytes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    engine, store, payload = published(chunk_bytes, monkeypatch)
-    tensors = tensors_of(store, payload)
+    engine, store, payload = published(chunk_bytes, monkeypatch, tmp_path)
+    content = b"".join(store.objects[ref].tobytes() for ref in payload.chunks)
+    assert (tmp_path / "ray-rl-run-v3.bin").read_bytes() == content
+    tensors = tensors_of(content, payload)
     assert list(tensors) == list(engine.parameters)
     for name, tensor in engine.parameters.items():
         assert tensors[name].dtype == tensor.dtype
         assert torch.equal(tensors[name], tensor)
 
 
-def test_all_chunks_but_the_last_have_the_configured_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, store, _ = published(1000, monkeypatch)
+def test_engines_that_see_the_file_need_no_objects(tmp_path: Path) -> None:
+    store = FakeStore()
+    payload = publisher(FakeEngine(), store, tmp_path, elsewhere=False).publish(3)
+    assert payload is not None
+    assert payload.chunks == ()
+    assert store.objects == []
+    tensors_of((tmp_path / "ray-rl-run-v3.bin").read_bytes(), payload)
+
+
+def test_without_an_engine_on_the_learners_node_no_file_stays(tmp_path: Path) -> None:
+    store = FakeStore()
+    payload = publisher(FakeEngine(), store, tmp_path, here=False).publish(3)
+    assert payload is not None
+    tensors_of(b"".join(chunk.tobytes() for chunk in store.objects), payload)
+    assert not list(tmp_path.glob("*.bin")) + list(tmp_path.glob("*.spare"))
+
+
+def test_a_version_published_again_holds_the_weights_of_now(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    first = publisher(engine, FakeStore(), tmp_path)
+    first.publish(3)
+    engine.parameters = {"embedding": torch.full((2, 2), 7.0)}
+    again = first.publish(3)
+    assert again is not None
+    tensors = tensors_of((tmp_path / "ray-rl-run-v3.bin").read_bytes(), again)
+    assert torch.equal(tensors["embedding"], engine.parameters["embedding"])
+
+
+def test_all_chunks_but_the_last_have_the_configured_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, store, _ = published(1000, monkeypatch, tmp_path)
     sizes = [len(chunk) for chunk in store.objects]
     assert set(sizes[:-1]) == {1000}
     assert 0 < sizes[-1] <= 1000
 
 
-def test_tensors_start_where_any_number_format_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, _, payload = published(1000, monkeypatch)
+def test_tensors_start_where_any_number_format_may(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, _, payload = published(1000, monkeypatch, tmp_path)
     assert all(entry.offset % 64 == 0 for entry in payload.manifest.tensors)
 
 
-def test_the_manifest_survives_a_channel_of_plain_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, _, payload = published(1000, monkeypatch)
+def test_the_manifest_survives_a_channel_of_plain_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, _, payload = published(1000, monkeypatch, tmp_path)
     assert payload.manifest.version == 3
     assert WeightManifest.from_dict(payload.manifest.to_dict()) == payload.manifest
 
 
-def test_the_probe_carries_the_learners_logprobs_of_a_fixed_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, _, payload = published(1000, monkeypatch)
-    assert payload.probe.token_ids == probe_prompt(engine.vocab_size)
-    assert list(payload.probe.logprobs) == engine.logprobs(payload.probe.token_ids)
-    assert all(0 <= token < engine.vocab_size for token in payload.probe.token_ids)
-    assert len(set(payload.probe.token_ids)) > 10
+def test_the_probe_carries_the_learners_logprobs_of_a_fixed_prompt() -> None:
+    engine = FakeEngine()
+    probe = make_probe(engine)
+    assert probe.token_ids == make_probe(engine).token_ids
+    assert list(probe.logprobs) == engine.logprobs(probe.token_ids)
+    assert all(0 <= token < engine.vocab_size for token in probe.token_ids)
+    assert len(set(probe.token_ids)) > 10
 
 
-def test_other_ranks_take_part_in_gathering_and_publish_nothing() -> None:
+def test_other_ranks_take_part_in_gathering_and_publish_nothing(tmp_path: Path) -> None:
     engine, store = FakeEngine(rank=1), FakeStore()
-    assert ObjectStorePublisher(engine, chunk_mib=1, put=store.put).publish(3) is None
+    assert publisher(engine, store, tmp_path).publish(3) is None
+    assert not list(tmp_path.glob("*.bin"))
     assert engine.gathered == len(engine.parameters)
     assert store.objects == []

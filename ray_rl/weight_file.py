@@ -7,6 +7,9 @@ their processes differently. Files of a run whose `.owners` can be locked exclus
     <folder>/ray-rl-<run_id>.owners     locked shared by every living user of the run on this node
     <folder>/ray-rl-<run_id>.writing    locked exclusively by whoever writes
     <folder>/ray-rl-<run_id>-v<version>.bin
+    <folder>/ray-rl-<run_id>.spare      a version that nobody needs any more, whose memory the next one is written into
+
+Memory that a process gets for the first time costs several times as much as the copy into it, hence the spare file.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ import os
 import re
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from ray_rl.deadlines import DeadlineExceeded
@@ -52,6 +57,12 @@ class NodeWeightFile:
         self._owners: int | None = _lock_owners(self._stem(".owners"))
         sweep_dead(self._folder)
 
+    @property
+    def identity(self) -> str:
+        """The same for two processes exactly when they see the same files."""
+        owners = os.stat(self._stem(".owners"))
+        return f"{_machine()}:{owners.st_dev}:{owners.st_ino}"
+
     def path(self, version: int) -> Path:
         """Where the version lies once it is written."""
         return self._stem(f"-v{version}.bin")
@@ -68,16 +79,33 @@ class NodeWeightFile:
             DeadlineExceeded: another process held the pen for so long.
             OSError: the file could not be written, for instance because the shared memory is full.
         """
+
+        def fill(descriptor: int) -> int:
+            written = 0
+            for chunk in chunks():
+                write_at(descriptor, chunk, written)
+                written += len(chunk)
+            return written
+
+        return self.ensure_filled(version, fill, timeout=timeout)
+
+    def ensure_filled(self, version: int, fill: Callable[[int], int], *, timeout: float) -> Path:
+        """As `ensure`, with a writer that may write in any order: `fill` gets a descriptor and returns the file's size."""
         path = self.path(version)
         if path.exists():
             return path
         with _exclusive(self._stem(".writing"), timeout, what=f"another process to write {path}"):
             if not path.exists():
-                self._write(path, chunks())
+                self._write(path, fill)
         return path
 
     def discard(self, version: int) -> None:
-        """Remove a version's file; engines that have mapped it keep their mapping. Idempotent."""
+        """A version's file is no longer needed by any engine: what it holds will be written over. Idempotent."""
+        with suppress(FileNotFoundError):
+            os.replace(self.path(version), self._stem(".spare"))
+
+    def remove(self, version: int) -> None:
+        """Remove a version's file and give its memory back; engines that have mapped it keep their mapping. Idempotent."""
         self.path(version).unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -90,19 +118,31 @@ class NodeWeightFile:
     def _stem(self, ending: str) -> Path:
         return self._folder / f"{_PREFIX}{self._run_id}{ending}"
 
-    def _write(self, path: Path, chunks: Iterable[memoryview]) -> None:
+    def _write(self, path: Path, fill: Callable[[int], int]) -> None:
         # Only the holder of the lock writes, so what an earlier writer left half done is written over.
         partial = path.with_suffix(".partial")
+        with suppress(FileNotFoundError):
+            os.replace(self._stem(".spare"), partial)
         try:
-            with open(partial, "wb", opener=_private) as file:
-                for chunk in chunks:
-                    file.write(chunk)
+            # Weights are their owner's; the folder is everybody's.
+            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.ftruncate(descriptor, fill(descriptor))
+            finally:
+                os.close(descriptor)
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise OSError(
                 error.errno, f"writing weights to shared memory failed ({error.strerror})", str(path)
             ) from error
         os.replace(partial, path)
+
+
+def write_at(descriptor: int, content: memoryview, offset: int) -> None:
+    """All bytes of the content, from a place of the file on."""
+    while content:
+        written = os.pwrite(descriptor, content, offset)
+        content, offset = content[written:], offset + written
 
 
 def sweep(run_id: str, folder: Path | None = None) -> None:
@@ -149,6 +189,13 @@ def _remove_run(owners: Path) -> None:
         if pattern.fullmatch(path.name):
             path.unlink(missing_ok=True)
     owners.unlink(missing_ok=True)
+
+
+@cache
+def _machine() -> str:
+    """Tells this machine, since its last start, from any other."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.is_file() else str(uuid.getnode())
 
 
 def _private(path: str, flags: int) -> int:

@@ -14,8 +14,8 @@ from typing import NoReturn
 
 import pytest
 
-from actors.weight_file import NodeWeightFile, sweep, sweep_dead
 from ray_rl.deadlines import DeadlineExceeded
+from ray_rl.weight_file import NodeWeightFile, sweep, sweep_dead
 
 CONTENT = [memoryview(b"first "), memoryview(b"second")]
 SPAWN = multiprocessing.get_context("spawn")
@@ -99,6 +99,28 @@ def test_discard_removes_one_version_and_may_be_repeated(tmp_path: Path) -> None
     file.discard(1)
     assert not old.exists()
     assert new.exists()
+
+
+def test_a_discarded_file_is_written_over_and_no_byte_of_it_is_left(tmp_path: Path) -> None:
+    file = NodeWeightFile("run", tmp_path)
+    first = file.ensure(1, lambda: CONTENT, timeout=1)
+    place = first.stat().st_ino
+    file.discard(1)
+    second = file.ensure(2, lambda: [memoryview(b"short")], timeout=1)
+    assert second.read_bytes() == b"short"
+    assert second.stat().st_ino == place
+    file.remove(2)
+    assert file.ensure(3, lambda: CONTENT, timeout=1).read_bytes() == b"first second"
+    file.close()
+    assert names(tmp_path) == []
+
+
+def test_identity_tells_who_sees_the_same_files(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    first, same = NodeWeightFile("run", tmp_path), NodeWeightFile("run", tmp_path)
+    assert first.identity == same.identity
+    assert first.identity != NodeWeightFile("run", other).identity
 
 
 def test_a_full_memory_leaves_nothing_behind(tmp_path: Path) -> None:
