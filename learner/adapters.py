@@ -57,6 +57,11 @@ class PlainParameter:
         self._layer = layer
 
     @property
+    def numel(self) -> int:
+        """Of the whole, also while it is shared out among ranks."""
+        return getattr(self._parameter, "ds_numel", self._parameter.numel())
+
+    @property
     def sources(self) -> list[nn.Parameter]:
         """Parameters that have to be whole when it is read."""
         if self._layer is None:

@@ -145,6 +145,11 @@ class LearnerEngine:
             logprobs, _ = self.deepspeed(sequences, predicting, sequences.input_ids[0, 1:], 1.0)
         return logprobs.tolist()
 
+    def parameter_bytes(self) -> list[int]:
+        """Sizes of what `named_parameters_gathered` gives, in its order."""
+        itemsize = getattr(torch, self.config.model.dtype).itemsize
+        return [parameter.numel * itemsize for parameter in plain_parameters(self.model)]
+
     def named_parameters_gathered(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face name and full tensor of each parameter in `config.model.dtype`, tied ones once.
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import mmap
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
@@ -12,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ray_rl.weight_file import NodeWeightFile, write_at
+from ray_rl.weight_file import NodeWeightFile
 from ray_rl.weight_manifest import ObjectStorePayload, Probe, TensorEntry, WeightManifest, digest_bytes
 
 PROBE_TOKENS = 24
@@ -27,6 +30,9 @@ class WeightOwner(Protocol):
     rank: int
     world_size: int
     vocab_size: int
+
+    def parameter_bytes(self) -> list[int]:
+        """Sizes of what `named_parameters_gathered` gives, in its order. No collective."""
 
     def named_parameters_gathered(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face name and full tensor of every parameter, in the engines' number format; tied ones once."""
@@ -81,6 +87,7 @@ class ObjectStorePublisher:
         self._engines_here = engines_here
         self._engines_elsewhere = engines_elsewhere
         self._put = put
+        self._mapping: tuple[tuple[int, int], np.ndarray] | None = None
 
     def publish(self, version: int) -> ObjectStorePayload | None:
         """Put the present weights where all engines find them. A collective: every rank calls it.
@@ -93,18 +100,36 @@ class ObjectStorePublisher:
                 pass
             return None
         entries: list[TensorEntry] = []
-
-        def fill(descriptor: int) -> int:
-            entries.extend(_write(self._engine.named_parameters_gathered(), descriptor))
-            return entries[-1].offset + entries[-1].nbytes
-
         self._files.remove(version)  # what an earlier attempt may have left
-        path = self._files.ensure_filled(version, fill, timeout=self._timeout)
+        path = self._files.ensure_filled(version, lambda file: self._write(file, entries), timeout=self._timeout)
         chunks = self._stored(path) if self._engines_elsewhere else ()
         if not self._engines_here:
             self._files.remove(version)
         manifest = WeightManifest(version=version, tensors=tuple(entries))
         return ObjectStorePayload(manifest=manifest, chunks=chunks)
+
+    def _write(self, descriptor: int, entries: list[TensorEntry]) -> int:
+        """Fill a file with all parameters, several at a time; its size."""
+        ends = list(accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in self._engine.parameter_bytes()))
+        content, threads = self._mapped(descriptor, ends[-1]), max(1, torch.get_num_threads())
+        written: list[Future[TensorEntry]] = []
+        with ThreadPoolExecutor(threads) as pool:
+            for (name, tensor), offset in zip(self._engine.named_parameters_gathered(), [0, *ends], strict=False):
+                if len(written) >= 2 * threads:
+                    written[-2 * threads].result()  # gathered tensors must not pile up
+                written.append(pool.submit(_write_one, name, tensor, content, offset))
+            entries.extend(future.result() for future in written)
+        return ends[-1]
+
+    def _mapped(self, descriptor: int, size: int) -> np.ndarray:
+        """uint8 [size] of a file; the mapping of one that is written over and over is kept, for making it is the slow part."""
+        found = os.fstat(descriptor)
+        if self._mapping is None or self._mapping[0] != (found.st_dev, found.st_ino) or len(self._mapping[1]) != size:
+            # Else a full memory would be told by a signal that nobody survives.
+            os.posix_fallocate(descriptor, 0, size)
+            content = np.frombuffer(mmap.mmap(descriptor, size), dtype=np.uint8)
+            self._mapping = ((found.st_dev, found.st_ino), content)
+        return self._mapping[1]
 
     def _stored(self, path: Path) -> tuple[Any, ...]:
         content = np.memmap(path, dtype=np.uint8, mode="r")
@@ -112,29 +137,15 @@ class ObjectStorePublisher:
         return tuple(self._put(content[start : start + self._chunk_bytes]) for start in starts)
 
 
-def _write(parameters: Iterable[tuple[str, Tensor]], descriptor: int) -> list[TensorEntry]:
-    """Write tensors one behind the other, several at a time."""
-    threads = max(1, torch.get_num_threads())
-    entries: list[Future[TensorEntry]] = []
-    offset = 0
-    with ThreadPoolExecutor(threads) as pool:
-        for name, tensor in parameters:
-            if len(entries) >= 2 * threads:
-                entries[-2 * threads].result()  # gathered tensors must not pile up
-            entries.append(pool.submit(_write_one, name, tensor, descriptor, offset))
-            offset += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        return [entry.result() for entry in entries]
-
-
-def _write_one(name: str, tensor: Tensor, descriptor: int, offset: int) -> TensorEntry:
-    content = memoryview(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy())
-    digest = digest_bytes(content)
-    write_at(descriptor, content, offset)
+def _write_one(name: str, tensor: Tensor, content: np.ndarray, offset: int) -> TensorEntry:
+    given = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+    place = content[offset : offset + len(given)]
+    place[:] = given
     return TensorEntry(
         name=name,
         shape=tuple(tensor.shape),
         dtype=str(tensor.dtype).removeprefix("torch."),
         offset=offset,
-        nbytes=len(content),
-        digest=digest,
+        nbytes=len(given),
+        digest=digest_bytes(memoryview(given)),
     )

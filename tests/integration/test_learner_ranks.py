@@ -128,7 +128,9 @@ class Rank:
         self.store = self.store or join_store("127.0.0.1", port, self.world_size)
         engine = LearnerEngine(config, model_path, self.rank, self.world_size, self.store)
         metrics = [engine.train(samples, step) for step, samples in enumerate(batches)]
-        return metrics, {name: tensor.clone().numpy() for name, tensor in engine.named_parameters_gathered()}
+        weights = {name: tensor.clone().numpy() for name, tensor in engine.named_parameters_gathered()}
+        assert [tensor.nbytes for tensor in weights.values()] == engine.parameter_bytes()
+        return metrics, weights
 
 
 @pytest.fixture(scope="module")

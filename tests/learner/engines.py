@@ -71,7 +71,12 @@ def make_engine(model_path, *overrides):
 
 
 def weights(engine):
-    return {name: tensor.clone() for name, tensor in engine.named_parameters_gathered()}
+    sizes = iter(engine.parameter_bytes())
+    found = {}
+    for name, tensor in engine.named_parameters_gathered():
+        assert tensor.nbytes == next(sizes)
+        found[name] = tensor.clone()
+    return found
 
 
 def largest_difference(left, right):

@@ -31,6 +31,9 @@ class FakeEngine:
             "large": torch.randn(300, 33),
         }
 
+    def parameter_bytes(self) -> list[int]:
+        return [tensor.nbytes for tensor in self.parameters.values()]
+
     def named_parameters_gathered(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self.parameters.items():
             self.gathered += 1
@@ -151,3 +154,29 @@ def test_other_ranks_take_part_in_gathering_and_publish_nothing(tmp_path: Path) 
     assert not list(tmp_path.glob("*.bin"))
     assert engine.gathered == len(engine.parameters)
     assert store.objects == []
+
+
+def test_version_after_version_is_written_into_the_same_memory(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    files = NodeWeightFile("run", tmp_path)
+    ours = ObjectStorePublisher(engine, files, chunk_mib=1, timeout=5, engines_here=True, engines_elsewhere=False)
+    places = set()
+    for version in range(3):
+        engine.parameters = {name: tensor + version for name, tensor in engine.parameters.items()}
+        payload = ours.publish(version)
+        assert payload is not None
+        content = files.path(version)
+        tensors = tensors_of(content.read_bytes(), payload)
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in engine.parameters.items())
+        places.add(content.stat().st_ino)
+        files.discard(version)
+    assert len(places) == 1
+
+
+def test_a_memory_that_is_too_small_is_an_error_and_no_signal(tmp_path: Path) -> None:
+    files = NodeWeightFile("run", tmp_path)
+    engine = FakeEngine()
+    engine.parameter_bytes = lambda: [10**18]  # more than any memory has
+    ours = ObjectStorePublisher(engine, files, chunk_mib=1, timeout=5, engines_here=True, engines_elsewhere=False)
+    with pytest.raises(OSError, match="shared memory failed"):
+        ours.publish(1)
