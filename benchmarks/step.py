@@ -16,6 +16,7 @@ _TOKENS = ("tokens/primary", "tokens/continuations")
 _VARIANTS: Mapping[str, tuple[str, Sequence[str]]] = {
     "laptop-grpo": ("laptop-grpo", ()),
     "laptop-vineppo": ("laptop-vineppo", ()),
+    "continuations trained": ("laptop-vineppo", ("values.train_on_continuations=true",)),
     "fixed K=3": ("laptop-vineppo", ("values={kind: fixed, num_continuations: 3}",)),
     "fixed K=9": ("laptop-vineppo", ("values={kind: fixed, num_continuations: 9}",)),
 }
@@ -44,6 +45,7 @@ def run(options: Options) -> CaseResult:
     }
     headline = {
         "vineppo_over_grpo": over_grpo["laptop-vineppo"],
+        "trained_over_grpo": over_grpo["continuations trained"],
         "fixed_3_over_grpo": over_grpo["fixed K=3"],
         "fixed_9_over_grpo": over_grpo["fixed K=9"],
     }
