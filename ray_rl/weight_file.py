@@ -184,7 +184,7 @@ def _sweep_if_dead(owners: Path) -> None:
 def _remove_run(owners: Path) -> None:
     # `.owners` last: while it exists, an interrupted sweep is taken up by the next one.
     stem = owners.name.removesuffix(".owners")
-    pattern = re.compile(re.escape(stem) + r"(-v\d+\.(bin|partial)|\.writing)")
+    pattern = re.compile(re.escape(stem) + r"(-v\d+\.(bin|partial)|\.writing|\.spare)")
     for path in owners.parent.iterdir():
         if pattern.fullmatch(path.name):
             path.unlink(missing_ok=True)

@@ -122,6 +122,19 @@ def test_one_wrong_byte_fails_the_digest_of_its_tensor_and_leaves_the_old_weight
     assert tiny.run(tiny.engine.generate(PROMPT, n=1, max_tokens=1))
 
 
+def test_what_is_written_over_the_file_afterwards_does_not_reach_the_engine(
+    tiny: RunningEngine, tmp_path: Path
+) -> None:
+    """The next version is written into the same memory while the engine goes on with this one."""
+    path = tmp_path / "weights"
+    manifest = write_weights(tiny_model(6, tied=is_tied(tiny)), 6, path)
+    tiny.run(push(tiny.engine, manifest, path))
+    before = tiny.run(tiny.engine.prompt_logprobs(PROMPT))
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert tiny.run(tiny.engine.prompt_logprobs(PROMPT)) == pytest.approx(before, abs=1e-6)
+
+
 def test_a_file_that_is_too_short_fails_the_digest(tiny: RunningEngine, tmp_path: Path) -> None:
     path = tmp_path / "weights"
     manifest = write_weights(tiny_model(6, tied=is_tied(tiny)), 6, path)

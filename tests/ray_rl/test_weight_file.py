@@ -111,6 +111,7 @@ def test_a_discarded_file_is_written_over_and_no_byte_of_it_is_left(tmp_path: Pa
     assert second.stat().st_ino == place
     file.remove(2)
     assert file.ensure(3, lambda: CONTENT, timeout=1).read_bytes() == b"first second"
+    file.discard(3)
     file.close()
     assert names(tmp_path) == []
 
