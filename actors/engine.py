@@ -151,8 +151,9 @@ class Engine:
 
         A frozen completion goes on after `resume`, under the weights that the engine then has.
         """
-        self._paused_at = time.monotonic()
+        started = time.monotonic()
         await self._control(self._llm.pause_generation(mode="keep", clear_cache=True), what="the engine to pause")
+        self._paused_at = started
 
     async def resume(self) -> None:
         """Go on after `pause`."""

@@ -30,6 +30,14 @@ def fetch(
     typer.echo(f"wrote {directory}")
 
 
+def ensure(work: Path) -> Path:
+    """Its folder in a benchmark's folder, made by the first case that asks."""
+    directory = work / "smollm2"
+    if not directory.exists():
+        make(directory)
+    return directory
+
+
 def make(directory: Path) -> None:
     """Write the model to a folder that does not exist yet; whole or not at all."""
     directory.parent.mkdir(parents=True, exist_ok=True)

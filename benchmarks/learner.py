@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.fetch_smollm2 import make
+from benchmarks.fetch_smollm2 import ensure
 from benchmarks.suite import Case, CaseResult, Options, median
 from ray_rl.config import RunConfig, resolve_config
 from ray_rl.embedded import policy_path
@@ -23,9 +23,7 @@ _MEMORY_TOKENS = 4096
 
 def run(options: Options) -> CaseResult:
     """Alternate the variants; each of them trains a copy of the same model."""
-    smollm2 = options.work / "smollm2"
-    if not smollm2.exists():
-        make(smollm2)
+    smollm2 = ensure(options.work)
     # The second is of a size at which a step takes seconds, and has a real vocabulary.
     subjects = {"embedded": (policy_path(), 64), "smollm2": (smollm2, 8 if options.quick else 16)}
     rows, ratios = [], {}

@@ -21,7 +21,7 @@ from ray_rl.prompt_stream import PromptStream
 from ray_rl.protocols import CollectedGroup, PublishedWeights
 from ray_rl.run_report import RunReport
 from ray_rl.run_state import RunFolder, RunState
-from ray_rl.types import GroupCost, GroupSummary, Problem, Prompt, ScoredSample, StepStats
+from ray_rl.types import NO_COST, GroupSummary, Problem, Prompt, ScoredSample, StepStats
 from ray_rl.weight_manifest import Probe
 
 _ENGINES = 2
@@ -218,18 +218,7 @@ def _summary(prompt: Prompt, version: int) -> GroupSummary:
         segments=2,
         value_mean=0.5,
         value_stderr=0.0,
-        cost=GroupCost(
-            primary_tokens=2,
-            continuations=0,
-            continuation_tokens=0,
-            states=0,
-            closed_states=0,
-            rounds=0,
-            prefix_tokens=0,
-            cacheable_prefix_tokens=0,
-            cached_prefix_tokens=0,
-            seconds=0.0,
-        ),
+        cost=NO_COST,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from actors.rollout_actor import RayRolloutClient, RolloutActor, create_rollout_client
-from benchmarks.fetch_smollm2 import make
+from benchmarks.fetch_smollm2 import ensure
 from benchmarks.suite import Case, CaseResult, Options, median
 from learner.group import LearnerGroup
 from ray_rl.config import RunConfig, resolve_config
@@ -25,9 +25,7 @@ _TIMES = ("sync", "learner", "pause", "proof", "bare load")
 
 def run(options: Options) -> CaseResult:
     """Each model with one actor and with four on this machine; publications and bare loads alternate."""
-    smollm2 = options.work / "smollm2"
-    if not smollm2.exists():
-        make(smollm2)
+    smollm2 = ensure(options.work)
     rows, details = [], {}
     headline: dict[str, dict[str, float]] = {"sync_over_bare_load": {}, "sync_seconds": {}}
     for subject, path in {"embedded": policy_path(), "smollm2": smollm2}.items():

@@ -67,8 +67,9 @@ def packed_sdpa(
     lengths = starts.diff()
     count, longest = len(lengths), max_length_q
     # Where the row's tokens lie in the padded block.
-    rows = torch.repeat_interleave(torch.arange(count, device=starts.device) * longest - starts[:-1], lengths)
-    places = torch.arange(query.shape[2], device=starts.device) + rows
+    shifts = torch.arange(count, device=starts.device) * longest - starts[:-1]
+    tokens = query.shape[2]  # told, so that a GPU is not waited for in every layer
+    places = torch.arange(tokens, device=starts.device) + shifts.repeat_interleave(lengths, output_size=tokens)
 
     def spread(row: Tensor) -> Tensor:
         block = _Spread.apply(row[0].transpose(0, 1), places, count * longest)

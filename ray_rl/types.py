@@ -169,6 +169,21 @@ class GroupCost:
     seconds: float
 
 
+NO_COST = GroupCost(
+    primary_tokens=0,
+    continuations=0,
+    continuation_tokens=0,
+    states=0,
+    closed_states=0,
+    rounds=0,
+    prefix_tokens=0,
+    cacheable_prefix_tokens=0,
+    cached_prefix_tokens=0,
+    seconds=0.0,
+)
+"""Of a group that nothing was spent on."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryGroup:
     """Everything one prompt became in the rollout actor."""

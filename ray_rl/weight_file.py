@@ -83,7 +83,7 @@ class NodeWeightFile:
         def fill(descriptor: int) -> int:
             written = 0
             for chunk in chunks():
-                write_at(descriptor, chunk, written)
+                _write_at(descriptor, chunk, written)
                 written += len(chunk)
             return written
 
@@ -138,7 +138,7 @@ class NodeWeightFile:
         os.replace(partial, path)
 
 
-def write_at(descriptor: int, content: memoryview, offset: int) -> None:
+def _write_at(descriptor: int, content: memoryview, offset: int) -> None:
     """All bytes of the content, from a place of the file on."""
     while content:
         written = os.pwrite(descriptor, content, offset)

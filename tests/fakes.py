@@ -17,19 +17,6 @@ from ray_rl.types import (
 )
 from ray_rl.weight_manifest import Probe
 
-NO_COST = GroupCost(
-    primary_tokens=0,
-    continuations=0,
-    continuation_tokens=0,
-    states=0,
-    closed_states=0,
-    rounds=0,
-    prefix_tokens=0,
-    cacheable_prefix_tokens=0,
-    cached_prefix_tokens=0,
-    seconds=0.0,
-)
-
 
 def problem(name: str = "p", prompt: str = "1+1:", answer: str = "2") -> Problem:
     return Problem(problem_id=name, prompt=prompt, answer=answer)

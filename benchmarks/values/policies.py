@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.fetch_smollm2 import make
+from benchmarks.fetch_smollm2 import ensure
 from ray_rl.config import RunConfig, load_config
 
 SMOLLM2_RECIPE = Path(__file__).parent / "smollm2-sums.yaml"
@@ -36,9 +36,7 @@ class Policy:
 
 def policies(work: Path, *, quick: bool) -> Sequence[Policy]:
     """The embedded policy, and SmolLM2-135M, which is fetched into the work folder if it is not there."""
-    smollm2 = work / "smollm2"
-    if not smollm2.exists():
-        make(smollm2)
+    smollm2 = ensure(work)
     # Prompts of a seed of their own: no estimator was designed on them.
     shared = ["evaluation.problems=1", "rollout.cpus_per_actor=2", f"seed={_SEED}"]
     embedded = load_config("laptop-vineppo", shared)

@@ -18,7 +18,8 @@ class WeightSection(Section):
 
 
 class ObjectStoreWeights(WeightSection):
-    """Ray's object store, then one shared-memory file per node that all its engines map. Any network, CPU and GPU."""
+    """One shared-memory file per node that all its engines map; Ray's object store brings it to other nodes than the
+    learner's. Any network, CPU and GPU."""
 
     kind: Literal["object_store"] = "object_store"
     chunk_mib: int = Field(64, ge=1)

@@ -14,6 +14,7 @@ from ray_rl import deadlines
 from ray_rl.config import resolve_config
 from ray_rl.protocols import CollectedGroup
 from ray_rl.types import (
+    NO_COST,
     Completion,
     GroupSummary,
     Problem,
@@ -23,7 +24,6 @@ from ray_rl.types import (
     TrajectoryGroup,
     VersionSpan,
 )
-from tests.fakes import NO_COST
 from tests.tiny_model import VOCABULARY, save_tiny_model
 
 pytestmark = pytest.mark.integration

@@ -3,6 +3,7 @@
 import math
 
 from ray_rl.types import (
+    NO_COST,
     Completion,
     Continuation,
     Problem,
@@ -13,7 +14,6 @@ from ray_rl.types import (
     TrajectoryGroup,
     VersionSpan,
 )
-from tests.fakes import NO_COST
 
 PROMPT = (1, 2)
 
