@@ -17,10 +17,11 @@ from benchmarks.rollout import ROLLOUT
 from benchmarks.step import STEP
 from benchmarks.suite import Case, Options, machine, show, to_json
 from benchmarks.values.case import VALUES
+from benchmarks.versus_trl import VERSUS_TRL
 from benchmarks.weights import WEIGHTS
 
 CASES: dict[str, Case] = {
-    case.name: case for case in (ROLLOUT, LEARNER, WEIGHTS, OVERLAP, STEP, VALUES, GRADIENT, LEARN)
+    case.name: case for case in (ROLLOUT, LEARNER, WEIGHTS, OVERLAP, STEP, VERSUS_TRL, VALUES, GRADIENT, LEARN)
 }
 
 _EPILOG = "Cases: " + "; ".join(f"{case.name} ({case.about})" for case in CASES.values())

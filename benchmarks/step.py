@@ -13,6 +13,7 @@ from benchmarks.suite import Case, CaseResult, Options, median
 
 _PHASES = ("timing/rollout", "timing/train", "timing/weight_sync", "timing/step")
 _TOKENS = ("tokens/primary", "tokens/continuations")
+_STEPS = 4
 _VARIANTS: Mapping[str, tuple[str, Sequence[str]]] = {
     "laptop-grpo": ("laptop-grpo", ()),
     "laptop-vineppo": ("laptop-vineppo", ()),
@@ -24,24 +25,20 @@ _VARIANTS: Mapping[str, tuple[str, Sequence[str]]] = {
 
 
 def run(options: Options) -> CaseResult:
-    """Train each variant for a few steps in a process of its own and take medians over its steps but the first."""
-    steps = 1 + (2 if options.quick else options.repeats)
-    measured = {name: _steps(recipe, overrides, steps) for name, (recipe, overrides) in _VARIANTS.items()}
-    medians = {
-        name: {phase: median([step[phase] for step in of_variant]) for phase in (*_PHASES, *_TOKENS)}
-        for name, of_variant in measured.items()
-    }
-    rows = [
-        {
-            "variant": name,
-            **{f"{phase.removeprefix('timing/').removeprefix('weight_')} s": of_variant[phase] for phase in _PHASES},
-            "tokens": round(of_variant["tokens/primary"]),
-            "continued": round(of_variant["tokens/continuations"]),
-        }
-        for name, of_variant in medians.items()
+    """Train each variant for a few steps in a process of its own, one after the other, as often as asked for.
+
+    The first step of a process warms up and does not count. What is compared was measured in the same round, so that a
+    machine whose speed drifts does not decide; a ratio is the median over the rounds.
+    """
+    rounds = [
+        {name: _steps(recipe, overrides) for name, (recipe, overrides) in _VARIANTS.items()}
+        for _ in range(2 if options.quick else options.repeats)
     ]
+    measured = {name: [of_round[name] for of_round in rounds] for name in _VARIANTS}
+    rows = [{"variant": name, **_row([step for steps in measured[name] for step in steps])} for name in _VARIANTS]
     over_grpo = {
-        name: of_variant["timing/step"] / medians["laptop-grpo"]["timing/step"] for name, of_variant in medians.items()
+        name: median([_step_seconds(of_round[name]) / _step_seconds(of_round["laptop-grpo"]) for of_round in rounds])
+        for name in _VARIANTS
     }
     headline = {
         "vineppo_over_grpo": over_grpo["laptop-vineppo"],
@@ -52,10 +49,24 @@ def run(options: Options) -> CaseResult:
     return CaseResult(headline=headline, rows=rows, details=measured)
 
 
-def _steps(recipe: str, variant: Sequence[str], steps: int) -> list[dict[str, float]]:
+def _row(steps: Sequence[Mapping[str, float]]) -> dict[str, float | int]:
+    """Medians over the steps of all rounds."""
+    medians = {name: median([step[name] for step in steps]) for name in (*_PHASES, *_TOKENS)}
+    return {
+        **{f"{phase.removeprefix('timing/').removeprefix('weight_')} s": medians[phase] for phase in _PHASES},
+        "tokens": round(medians["tokens/primary"]),
+        "continued": round(medians["tokens/continuations"]),
+    }
+
+
+def _step_seconds(steps: Sequence[Mapping[str, float]]) -> float:
+    return median([step["timing/step"] for step in steps])
+
+
+def _steps(recipe: str, variant: Sequence[str]) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        overrides = [*variant, f"training.steps={steps}", "evaluation.at_start=false", "evaluation.at_end=false"]
+        overrides = [*variant, f"training.steps={_STEPS}", "evaluation.at_start=false", "evaluation.at_end=false"]
         command = [sys.executable, "-m", "ray_rl", "train", recipe, *overrides, "--run-dir", str(run_dir)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=1800)
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
