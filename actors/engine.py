@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from actors.engine_args import engine_args, prepare_environment, shutdown_seconds
 from actors.engine_requests import completion, logprobs_of_prompt, sampling_params, scoring_params
+from actors.occupancy import Occupancy
 from ray_rl.config import RunConfig
 from ray_rl.deadlines import wait
 from ray_rl.errors import RunError
@@ -45,6 +46,7 @@ class Engine:
         self._config = config
         self._stop_token_ids = sorted({*stop_token_ids, *config.rollout.stop_token_ids})
         self._requests = itertools.count()
+        self.occupancy = Occupancy(config.rollout.most_groups, config.rollout.max_sequences)
         self._version = 0
         self._paused_at: float | None = None
         self._pause_seconds = 0.0
@@ -97,6 +99,7 @@ class Engine:
         max_tokens: int,
         temperature: float | None = None,
         top_p: float | None = None,
+        priority: int = 0,
     ) -> tuple[Completion, ...]:
         """Sample n completions of a prefix.
 
@@ -106,6 +109,7 @@ class Engine:
             max_tokens: longest completion; it also ends where prefix and completion reach model.max_model_len.
             temperature: None is rollout.temperature; 0 is greedy, with log-probabilities at temperature 1.
             top_p: None is rollout.top_p.
+            priority: the smallest go first where not all fit in the engine's batch.
 
         Raises:
             ValueError: the prefix is empty or leaves no room for a token.
@@ -128,7 +132,7 @@ class Engine:
         )
         # n requests and not one with n children, whose answer tells the cache hits of whichever child ended last.
         outputs = await self._guarded(
-            asyncio.gather(*(self._request(token_ids, params) for _ in range(n))),
+            asyncio.gather(*(self._request(token_ids, params, priority) for _ in range(n))),
             rollout.group_timeout,
             what=f"{n} completions of up to {max_tokens} tokens",
             sampling=True,
@@ -270,13 +274,15 @@ class Engine:
             raise EngineDied("the engine was shut down")
         return self._engine
 
-    async def _request(self, token_ids: Sequence[int], params: SamplingParams) -> RequestOutput:
+    async def _request(self, token_ids: Sequence[int], params: SamplingParams, priority: int = 0) -> RequestOutput:
         from vllm.inputs.engine import tokens_input
 
         last: RequestOutput | None = None
         prompt = tokens_input(list(token_ids))
-        async for output in self._llm.generate(prompt, params, request_id=str(next(self._requests))):
-            last = output
+        request = str(next(self._requests))
+        with self.occupancy.request():
+            async for output in self._llm.generate(prompt, params, request_id=request, priority=priority):
+                last = output
         if last is None:
             raise EngineDied("the engine ended a request without an answer")
         return last

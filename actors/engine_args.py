@@ -44,6 +44,8 @@ def engine_args(config: RunConfig, model_path: str, seed: int) -> dict[str, Any]
         "block_size": rollout.block_size,
         "enable_prefix_caching": True,
         "max_num_seqs": rollout.max_sequences,
+        # Where not all requests fit, older groups go first: they come to an end, and their prefixes are still cached.
+        "scheduling_policy": "priority",
         "tensor_parallel_size": rollout.tensor_parallel,
         "weight_transfer_config": {"backend": "nccl" if config.weights.kind == "nccl" else WEIGHT_BACKEND},
         "worker_extension_cls": WORKER_EXTENSION,

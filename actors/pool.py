@@ -50,6 +50,9 @@ class RolloutClient(Protocol):
     async def prove_weights(self, probe: Probe) -> float:
         """Largest difference between the engine's log-probabilities and the probe's."""
 
+    async def take_underfull(self) -> float:
+        """Seconds since the last call in which the engine's batch was less than half full although groups may have waited."""
+
     async def discard_weights(self, version: int) -> None:
         """Remove what the transfer left on the actor's node."""
 
@@ -148,8 +151,9 @@ class ActorPool:
         """Bring a version into every healthy engine; the node files are removed whether that succeeds or not.
 
         Returns:
-            `weights/probe_max_abs_diff`; `timing/pause`, the longest that an engine sampled nothing meanwhile; and
-            `timing/engines_idle`, how long since the last publication an engine had no group to work on, averaged.
+            `weights/probe_max_abs_diff`; `timing/pause`, the longest that an engine sampled nothing meanwhile; and, since
+            the last publication, averaged over engines: `timing/engines_idle`, without any group to work on, and
+            `timing/engines_underfull`, with less than half a batch although more groups may have waited.
 
         Raises:
             WeightTransferError: a proof failed.
@@ -169,12 +173,18 @@ class ActorPool:
             self._publish_timeout,
             what=f"every rollout actor to prove policy version {weights.version}",
         )
+        underfull = await wait(
+            self._of_all(lambda client: client.take_underfull()),
+            self._publish_timeout,
+            what="every rollout actor to tell how full its engine was",
+        )
         healthy = self._healthy()
         if not healthy:
             raise NoActorsLeft("every rollout actor died; see their logs")
         return {
             "timing/pause": max(pauses),
             "timing/engines_idle": sum(member.take_idle() for member in healthy) / len(healthy),
+            "timing/engines_underfull": sum(underfull) / len(underfull),
             "weights/probe_max_abs_diff": max(differences),
         }
 

@@ -34,6 +34,7 @@ from ray_rl.types import Reward, ScoringItem
 Verifier = Callable[[ScoringItem], Reward]
 
 _NUMBER = re.compile(r"([+-]?)([0-9]*)(?:\.([0-9]*))?")
+_FINAL_STOPS = re.compile(r"[\s.]+\Z")
 _THOUSANDS_SEPARATOR = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 _IN_MATH = ("$", r"\(", r"\[", r"\boxed")
 _SCORE_ARGUMENTS = 4
@@ -81,7 +82,7 @@ def final_answer_of(config: RewardConfig, text: str) -> str:
 
 def normalised(answer: str) -> str:
     """One spelling for equal answers: ``" $1,234.50. "`` -> ``"1234.5"``, ``"18.0"`` -> ``"18"``; text is trimmed."""
-    text = _THOUSANDS_SEPARATOR.sub("", answer.replace("$", "").strip()).rstrip(". \t")
+    text = _FINAL_STOPS.sub("", _THOUSANDS_SEPARATOR.sub("", answer.replace("$", "")).strip())
     number = _NUMBER.fullmatch(text)
     # Digits are compared as text: no rounding however many there are.
     if number is None or not (number[2] or number[3]):

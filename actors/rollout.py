@@ -40,9 +40,9 @@ class Sampler(Protocol):
     """What a rollout needs of an engine."""
 
     async def generate(
-        self, token_ids: Sequence[int], *, n: int, max_tokens: int, temperature: float | None = None
+        self, token_ids: Sequence[int], *, n: int, max_tokens: int, temperature: float | None = None, priority: int = 0
     ) -> tuple[Completion, ...]:
-        """n completions of a prefix; temperature None is the configured one, 0 is greedy."""
+        """n completions of a prefix; temperature None is the configured one, 0 is greedy; small priorities go first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,9 +69,7 @@ class Rollout:
         started = time.monotonic()
         rollout = self._config.rollout
         if isinstance(self._config.values, NoValues):
-            completions = await self._engine.generate(
-                prompt.token_ids, n=rollout.group_size, max_tokens=rollout.max_tokens
-            )
+            completions = await self._sample(prompt, (), rollout.group_size)
             rewards = await self._score(
                 prompt, [(completion.token_ids, completion.finished) for completion in completions]
             )
@@ -82,7 +80,7 @@ class Rollout:
             return _group(prompt, trajectories, None, started=started, block=rollout.block_size)
 
         async def sample(index: int) -> Completion:
-            (completion,) = await self._engine.generate(prompt.token_ids, n=1, max_tokens=rollout.max_tokens)
+            (completion,) = await self._sample(prompt, (), 1)
             return completion
 
         async def grade(index: int, completion: Completion) -> Reward:
@@ -106,9 +104,7 @@ class Rollout:
 
     async def continuations(self, prompt: Prompt, state: State, count: int) -> list[Continuation]:
         """Scored continuations of one state; they may use the tokens that its prefix has left."""
-        completions = await self._engine.generate(
-            (*prompt.token_ids, *state.prefix), n=count, max_tokens=self._config.rollout.max_tokens - state.boundary
-        )
+        completions = await self._sample(prompt, state.prefix, count)
         rewards = await self._score(prompt, [((*state.prefix, *c.token_ids), c.finished) for c in completions])
         return [
             Continuation(trajectory=state.trajectory, boundary=state.boundary, completion=completion, reward=reward)
@@ -189,6 +185,12 @@ class Rollout:
     async def _continue_from(self, prompt: Prompt, valuation: Valuation, index: int, count: int) -> None:
         for continuation in await self.continuations(prompt, valuation.tree.states[index], count):
             valuation.add(index, continuation)
+
+    async def _sample(self, prompt: Prompt, prefix: tuple[int, ...], count: int) -> tuple[Completion, ...]:
+        """Completions of a prompt or of a state's prefix; what belongs to earlier prompts goes first."""
+        left = self._config.rollout.max_tokens - len(prefix)
+        token_ids = (*prompt.token_ids, *prefix)
+        return await self._engine.generate(token_ids, n=count, max_tokens=left, priority=prompt.position)
 
     async def _score(self, prompt: Prompt, answers: Sequence[tuple[Sequence[int], bool]]) -> list[Reward]:
         """Rewards of (token ids, finished); the unfinished are not graded."""

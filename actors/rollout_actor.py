@@ -57,7 +57,8 @@ class RolloutActor:
     @ray.method(num_returns=2)
     async def collect(self, prompt: Prompt) -> tuple[TrajectoryGroup, GroupSummary]:
         """A group, which stays in this node's object store, and what the driver may know of it."""
-        group = await self._rollout.collect(prompt)
+        with self._engine.occupancy.group():
+            group = await self._rollout.collect(prompt)
         return group, summarize(group)
 
     async def evaluate(self, prompt: Prompt, samples: int, temperature: float) -> tuple[ScoredSample, ...]:
@@ -85,6 +86,10 @@ class RolloutActor:
     async def prove_weights(self, probe: Probe) -> float:
         """The probe's largest difference."""
         return await self._engine.prove(probe, self._tolerance())
+
+    def take_underfull(self) -> float:
+        """As `Occupancy.take_underfull`."""
+        return self._engine.occupancy.take_underfull()
 
     async def nccl(self, verb: NcclVerb, info: dict[str, Any]) -> None:
         """One step of an NCCL transfer, driven by the learner."""
@@ -150,6 +155,10 @@ class RayRolloutClient:
     async def prove_weights(self, probe: Probe) -> float:
         """The probe's largest difference."""
         return await _result(self._handle.prove_weights.remote(probe))
+
+    async def take_underfull(self) -> float:
+        """Seconds in which the engine's batch was less than half full although groups may have waited."""
+        return await _result(self._handle.take_underfull.remote())
 
     async def discard_weights(self, version: int) -> None:
         """Remove what the transfer left on the actor's node."""

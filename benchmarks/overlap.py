@@ -138,6 +138,9 @@ class _SleepingEngine:
     async def prove_weights(self, probe: Probe) -> float:
         return 0.0
 
+    async def take_underfull(self) -> float:
+        return 0.0
+
     async def discard_weights(self, version: int) -> None: ...
 
     async def shutdown(self) -> None: ...

@@ -185,7 +185,7 @@ async def _actors(
     pool = ActorPool(
         clients.__getitem__,
         config.rollout.actors,
-        groups_in_flight=config.rollout.groups_in_flight,
+        groups_in_flight=config.rollout.most_groups,
         start_timeout=config.rollout.start_timeout,
         group_timeout=config.rollout.group_timeout,
         publish_timeout=config.weights.timeout,

@@ -1,5 +1,7 @@
 """The rollout actors: how many, what each may use, how they sample."""
 
+import math
+
 from pydantic import Field
 
 from ray_rl.config.section import Section
@@ -36,9 +38,15 @@ class RolloutConfig(Section):
     """Sequences an engine runs at once."""
     enforce_eager: bool | None = None
     """No graph capture. Unset: eager on CPU (exact log-probabilities, quick start), captured on GPU."""
-    groups_in_flight: int = Field(16, ge=1)
-    """Groups that one actor works on at once; keeps its engine's batch full."""
+    groups_in_flight: int | None = Field(None, ge=1)
+    """Groups that one actor works on at once. Unset: twice as many as fill its engine with completions, so that its batch stays
+    full while groups wait for their last completions; the engine lets older groups go first."""
     start_timeout: float = Field(600.0, gt=0)
     """Seconds an actor may take to load its engine."""
     group_timeout: float = Field(1800.0, gt=0)
     """Seconds one group may take from prompt to values."""
+
+    @property
+    def most_groups(self) -> int:
+        """Groups that one actor works on at once, as configured or derived."""
+        return self.groups_in_flight or 2 * math.ceil(self.max_sequences / self.group_size)

@@ -22,6 +22,7 @@ class Actor:
     """A pretended rollout actor: answers after `seconds`, dies on demand."""
 
     def __init__(self, index: int, seconds: float = 0.0) -> None:
+        self.index = index
         self.name = f"actor {index}"
         self.seconds = seconds
         self.alive = True
@@ -56,6 +57,10 @@ class Actor:
         if self.difference is None:
             raise WeightTransferError("probe")
         return self.difference
+
+    async def take_underfull(self) -> float:
+        await self._work()
+        return float(self.index)
 
     async def discard_weights(self, version: int) -> None:
         await self._work()
@@ -132,6 +137,10 @@ async def test_an_actor_that_dies_while_weights_arrive_is_left_out():
     await pool.publish(version(1))
     await pool.collect(prompt(0))
     assert actors[1].served == [0]
+
+
+async def test_the_time_of_underfull_batches_is_averaged_over_engines():
+    assert (await make_pool([Actor(0), Actor(1)]).publish(version(1)))["timing/engines_underfull"] == 0.5
 
 
 async def test_an_engine_without_groups_counts_as_idle_until_it_gets_one(monkeypatch):

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from actors.rewards import RewardFunctionError, check_python_function, final_answer_of, make_verifier, normalised
@@ -58,6 +58,7 @@ def test_every_spelling_of_a_number_is_normalised_to_the_same_text(number):
 
 
 @given(st.text())
+@example("0\r.")
 def test_normalising_twice_changes_nothing(text):
     once = normalised(text)
     assert normalised(once) == once

@@ -31,7 +31,7 @@ class Engine:
         self.asked: list[tuple[tuple[int, ...], int, int]] = []
         self.turn = {prefix: itertools.cycle(answers) for prefix, answers in answers.items()}
 
-    async def generate(self, token_ids, *, n, max_tokens, temperature=None):
+    async def generate(self, token_ids, *, n, max_tokens, temperature=None, priority=0):
         self.asked.append((tuple(token_ids), n, max_tokens))
         return tuple(next(self.turn[tuple(token_ids)]) for _ in range(n))
 
@@ -80,7 +80,7 @@ def test_fixed_values_wait_for_no_other_completion_of_the_group():
             self.continued = asyncio.Event()
             self.sampled = 0
 
-        async def generate(self, token_ids, *, n, max_tokens, temperature=None):
+        async def generate(self, token_ids, *, n, max_tokens, temperature=None, priority=0):
             if len(token_ids) > len(PROMPT):
                 self.continued.set()
             elif n == 1:
@@ -120,7 +120,7 @@ def test_given_completions_are_valued_without_sampling_them_again():
 
 def test_what_an_engine_raises_comes_as_itself():
     class Dead(Engine):
-        async def generate(self, token_ids, *, n, max_tokens, temperature=None):
+        async def generate(self, token_ids, *, n, max_tokens, temperature=None, priority=0):
             raise ConnectionError("gone")
 
     with pytest.raises(ConnectionError, match="gone"):

@@ -73,7 +73,7 @@ class Counting:
     def __init__(self):
         self.asked = []
 
-    async def generate(self, token_ids, *, n, max_tokens, temperature=None):
+    async def generate(self, token_ids, *, n, max_tokens, temperature=None, priority=0):
         self.asked.append(n)
         return tuple(completion((len(self.asked), index)) for index in range(n))
 
