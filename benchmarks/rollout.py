@@ -1,116 +1,230 @@
-"""What the rollout actor costs: its tokens per second over those of a bare AsyncLLM on the same requests."""
+"""What rollouts cost: tokens per second of rollout actors over those of a bare AsyncLLM on the same requests."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
-from functools import partial
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
+from actors.rollout_actor import RayRolloutClient, create_rollout_client
 from benchmarks.suite import Case, CaseResult, Options, median
+from ray_rl.config import load_config
+from ray_rl.protocols import CollectedGroup
+from ray_rl.types import Prompt, TrajectoryGroup
 
-_RECIPE = "laptop-grpo"
+_COMPLETIONS = load_config("laptop-grpo", ["evaluation.problems=1"])
+_CONTINUED = load_config("laptop-vineppo", ["evaluation.problems=1"])
+_TWO_THREADS = load_config("laptop-vineppo", ["evaluation.problems=1", "rollout.cpus_per_actor=2"])
+_WAITING = 3
+"""Times the prompts of a step that are handed out, to see whether the batch stays full while groups wait."""
+
+Request = tuple[tuple[int, ...], int]
+"""Prefix, most tokens."""
 
 
 def run(options: Options) -> CaseResult:
-    """Alternate between the actor and the bare engine in one process; the in-process LLM follows in its own."""
-    measured = asyncio.run(_paired(options))
+    """Take turns between actors and the bare engine; the in-process LLM follows in a process of its own."""
+    measured, underfull = asyncio.run(_paired(options))
     gc.collect()  # an engine that is collected as late as the interpreter's end complains about it
-    measured["LLM in-process"] = _in_process(options)
+    measured["LLM in-process, completions"] = _in_process(options)
     rows = [
         {"path": path, "tokens/s (median)": median(rates), "min": min(rates), "max": max(rates)}
         for path, rates in measured.items()
     ]
-    ratios = [a / b for a, b in zip(measured["rollout actor"], measured["AsyncLLM"], strict=True)]
-    return CaseResult(headline={"actor_over_bare": median(ratios)}, rows=rows, details=measured)
+
+    def ratio(one: str, other: str) -> float:
+        return median([a / b for a, b in zip(measured[one], measured[other], strict=True)])
+
+    headline = {
+        "actor_over_bare": ratio("actor, continuations", "AsyncLLM, the same requests"),
+        "actor_over_bare_completions": ratio("actor, completions", "AsyncLLM, completions"),
+        "two_actors_over_two_threads": ratio("2 actors, 1 thread each", "1 actor, 2 threads"),
+        "underfull_share": median(underfull),
+    }
+    return CaseResult(headline=headline, rows=rows, details={**measured, "underfull_share": underfull})
 
 
-async def _paired(options: Options) -> dict[str, list[float]]:
-    import ray
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
+class _Rollouts:
+    """The prompts of a step through each path; every method returns the tokens that were sampled."""
 
-    from actors.engine_args import engine_args, engine_environment
-    from actors.rollout_actor import create_rollout_client
-    from ray_rl.launch import model_source
-    from ray_rl.tokenizer import load_tokenizer
+    def __init__(self, prompts: Sequence[Prompt], clients: Sequence[RayRolloutClient], bare: _Bare) -> None:
+        self._prompts = prompts
+        self._completing, self._first, self._second, self._threaded = clients
+        self._bare = bare
+        self._recorded: list[TrajectoryGroup] = []
 
-    config, prompts = _requests(options.quick)
-    model = model_source(config)
-    os.environ.update(engine_environment(config))
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200 * 2**20)
-    client = create_rollout_client(config, model, f"bench-{os.getpid()}", 0, reward_actors=[])
-    llm = None
-    try:
-        await client.start()
-        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args(config, model, seed=1)))
-        bare = partial(_bare, llm, config, load_tokenizer(model).eos_token_ids(), prompts)
-        actor = partial(_through_actor, client, prompts)
-        await bare()
-        await actor()
-        measured: dict[str, list[float]] = {"rollout actor": [], "AsyncLLM": []}
+    async def bare_completions(self) -> int:
+        return await self._bare.run([[_completions(prompt.token_ids)] for prompt in self._prompts])
+
+    async def completions(self) -> int:
+        return _tokens(await self._collect([self._completing]))
+
+    async def continuations(self) -> int:
+        import ray
+
+        groups = await self._collect([self._first])
+        self._recorded = ray.get([group.ref for group in groups])
+        return _tokens(groups)
+
+    async def bare_continuations(self) -> int:
+        """What `continuations` asked for last: of each group first its completions, then all that continued them."""
+        return await self._bare.run([_requests_of(group) for group in self._recorded])
+
+    async def two_actors(self) -> int:
+        return _tokens(await self._collect([self._first, self._second]))
+
+    async def two_threads(self) -> int:
+        return _tokens(await self._collect([self._threaded]))
+
+    async def underfull_share(self) -> float:
+        """Of the time in which groups waited for a place, that in which the batch was less than half full."""
+        places = asyncio.Semaphore(_CONTINUED.rollout.most_groups)
+        await self._first.take_underfull()
+        started = waited = time.perf_counter()
+
+        async def collect(prompt: Prompt) -> None:
+            nonlocal waited
+            async with places:
+                waited = time.perf_counter()
+                await self._first.collect(prompt)
+
+        await asyncio.gather(*(collect(prompt) for prompt in [*self._prompts] * _WAITING))
+        return await self._first.take_underfull() / (waited - started)
+
+    async def _collect(self, clients: Sequence[RayRolloutClient]) -> list[CollectedGroup]:
+        """A group of every prompt; the prompts are dealt out."""
+        turns = zip(itertools.cycle(clients), self._prompts, strict=False)
+        return await asyncio.gather(*(client.collect(prompt) for client, prompt in turns))
+
+
+async def _paired(options: Options) -> tuple[dict[str, list[float]], list[float]]:
+    """Tokens/s of each path, and the share of time in which the batch was less than half full while groups waited."""
+    async with _rollouts(_prompts(options.quick)) as rollouts:
+        paths = {
+            "AsyncLLM, completions": rollouts.bare_completions,
+            "actor, completions": rollouts.completions,
+            "actor, continuations": rollouts.continuations,
+            "AsyncLLM, the same requests": rollouts.bare_continuations,
+            "2 actors, 1 thread each": rollouts.two_actors,
+            "1 actor, 2 threads": rollouts.two_threads,
+        }
+        for work in paths.values():  # warm up
+            await work()
+        measured: dict[str, list[float]] = {path: [] for path in paths}
+        underfull = []
         for _ in range(options.repeats):
-            measured["AsyncLLM"].append(await _rate(bare))
-            measured["rollout actor"].append(await _rate(actor))
-        return measured
+            for path, work in paths.items():
+                started = time.perf_counter()
+                tokens = await work()
+                measured[path].append(tokens / (time.perf_counter() - started))
+            underfull.append(await rollouts.underfull_share())
+        return measured, underfull
+
+
+@asynccontextmanager
+async def _rollouts(prompts: Sequence[Prompt]) -> AsyncIterator[_Rollouts]:
+    """Start all engines; they end with the context."""
+    import ray
+
+    from actors.engine_args import engine_environment
+    from ray_rl.launch import model_source
+
+    configs = (_COMPLETIONS, _CONTINUED, _CONTINUED, _TWO_THREADS)
+    model, run_id = model_source(_COMPLETIONS), f"bench-{os.getpid()}"
+    os.environ.update(engine_environment(_COMPLETIONS))
+    ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=200 * 2**20)
+    clients = [
+        create_rollout_client(config, model, run_id, index, reward_actors=[]) for index, config in enumerate(configs)
+    ]
+    bare = None
+    try:
+        for client in clients:
+            await client.start()
+        bare = _Bare(model)
+        yield _Rollouts(prompts, clients, bare)
     finally:
-        if llm:
-            llm.shutdown()
-        await client.shutdown()
+        if bare:
+            bare.shutdown()
+        for client in clients:
+            await client.shutdown()
         ray.shutdown()
 
 
-def _requests(quick: bool) -> tuple[Any, list[Any]]:
-    """The recipe's configuration and the prompts of one of its steps."""
-    from ray_rl.config import load_config
-    from ray_rl.launch import Prepared
+class _Bare:
+    """An AsyncLLM and nothing of ours: no Ray, no scoring, no records."""
 
-    config = load_config(_RECIPE, ["evaluation.problems=1"])
-    stream = Prepared(config).stream
-    return config, [stream.next() for _ in range(8 if quick else config.training.prompts_per_step)]
+    def __init__(self, model: str) -> None:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
 
+        from actors.engine_args import engine_args
+        from ray_rl.tokenizer import load_tokenizer
 
-async def _rate(generate: Any) -> float:
-    started = time.perf_counter()
-    tokens = await generate()
-    return tokens / (time.perf_counter() - started)
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args(_COMPLETIONS, model, seed=1)))
+        self._stop = load_tokenizer(model).eos_token_ids()
+        self._ids = itertools.count()
 
+    async def run(self, groups: Sequence[Sequence[Sequence[Request]]]) -> int:
+        """All groups at once; of a group, one batch of requests after the other. Returns the tokens sampled."""
 
-async def _through_actor(client: Any, prompts: list[Any]) -> int:
-    groups = await asyncio.gather(*(client.collect(prompt) for prompt in prompts))
-    return sum(group.summary.cost.primary_tokens for group in groups)
+        async def in_turn(batches: Sequence[Sequence[Request]]) -> int:
+            return sum([sum(await asyncio.gather(*(self._one(request) for request in batch))) for batch in batches])
 
+        return sum(await asyncio.gather(*(in_turn(batches) for batches in groups)))
 
-async def _bare(llm: Any, config: Any, eos: tuple[int, ...], prompts: list[Any]) -> int:
-    """The same requests straight into AsyncLLM: no Ray, no scoring, no records of ours."""
-    params = _params(config, eos)
+    def shutdown(self) -> None:
+        self._llm.shutdown()
 
-    async def one(request_id: str, token_ids: tuple[int, ...]) -> int:
-        async for output in llm.generate({"prompt_token_ids": list(token_ids)}, params, request_id):
+    async def _one(self, request: Request) -> int:
+        token_ids, most = request
+        prompt = {"prompt_token_ids": list(token_ids)}
+        async for output in self._llm.generate(prompt, _params(self._stop, most), str(next(self._ids))):
             tokens = len(output.outputs[0].token_ids)
         return tokens
 
-    started = time.monotonic_ns()
-    requests = [
-        one(f"{started}-{index}-{sample}", prompt.token_ids)
-        for index, prompt in enumerate(prompts)
-        for sample in range(config.rollout.group_size)
+
+def _completions(prompt: tuple[int, ...]) -> list[Request]:
+    return [(prompt, _COMPLETIONS.rollout.max_tokens)] * _COMPLETIONS.rollout.group_size
+
+
+def _requests_of(group: TrajectoryGroup) -> list[list[Request]]:
+    """The requests that made a group."""
+    prompt, most = group.prompt.token_ids, _CONTINUED.rollout.max_tokens
+    continued = [
+        ((*prompt, *group.trajectories[c.trajectory].completion.token_ids[: c.boundary]), most - c.boundary)
+        for c in group.continuations
     ]
-    return sum(await asyncio.gather(*requests))
+    return [[(prompt, most)] * len(group.trajectories), continued]
 
 
-def _params(config: Any, eos: tuple[int, ...]) -> Any:
+def _tokens(groups: Sequence[CollectedGroup]) -> int:
+    costs = [group.summary.cost for group in groups]
+    return sum(cost.primary_tokens + cost.continuation_tokens for cost in costs)
+
+
+def _prompts(quick: bool) -> list[Prompt]:
+    """Of one step of the recipes."""
+    from ray_rl.launch import Prepared
+
+    stream = Prepared(_COMPLETIONS).stream
+    return [stream.next() for _ in range(8 if quick else _COMPLETIONS.training.prompts_per_step)]
+
+
+def _params(stop: Sequence[int], most: int) -> Any:
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     return SamplingParams(
-        max_tokens=config.rollout.max_tokens,
-        temperature=config.rollout.temperature,
-        stop_token_ids=list(eos),
+        max_tokens=most,
+        temperature=_COMPLETIONS.rollout.temperature,
+        stop_token_ids=list(stop),
         logprobs=0,
         flat_logprobs=True,
         detokenize=False,
@@ -133,22 +247,21 @@ def _measure_in_process(repeats: int, quick: bool) -> None:
     from ray_rl.launch import model_source
     from ray_rl.tokenizer import load_tokenizer
 
-    config, prompts = _requests(quick)
-    os.environ.update(engine_environment(config))
-    model = model_source(config)
-    llm = LLM(**engine_args(config, model, seed=1))
-    params = _params(config, load_tokenizer(model).eos_token_ids())
-    requests = [{"prompt_token_ids": list(p.token_ids)} for p in prompts for _ in range(config.rollout.group_size)]
+    os.environ.update(engine_environment(_COMPLETIONS))
+    model = model_source(_COMPLETIONS)
+    llm = LLM(**engine_args(_COMPLETIONS, model, seed=1))
+    params = _params(load_tokenizer(model).eos_token_ids(), _COMPLETIONS.rollout.max_tokens)
+    requests = [request for prompt in _prompts(quick) for request in _completions(prompt.token_ids)]
     rates = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
-        outputs = llm.generate(requests, params, use_tqdm=False)
+        outputs = llm.generate([{"prompt_token_ids": list(ids)} for ids, _ in requests], params, use_tqdm=False)
         tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
         rates.append(tokens / (time.perf_counter() - started))
     print(json.dumps(rates[1:]))
 
 
-ROLLOUT = Case(name="rollout", about="tokens/s of a rollout actor over a bare AsyncLLM, same requests", run=run)
+ROLLOUT = Case(name="rollout", about="tokens/s of rollout actors over a bare AsyncLLM, same requests", run=run)
 
 if __name__ == "__main__":
     _measure_in_process(int(sys.argv[1]), bool(int(sys.argv[2])))

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+import typer
 
 from benchmarks.fetch_smollm2 import ensure
 from benchmarks.suite import Case, CaseResult, Options, median
@@ -102,7 +103,7 @@ class Run:
 def run(options: Options) -> CaseResult:
     """Alternate between TRL and ray-rl, each in a process of its own; then with free lengths, to see that both learn."""
     if importlib.util.find_spec("trl") is None:
-        print(f"error: TRL is not installed: pip install --no-deps {_TRL}", file=sys.stderr)
+        typer.echo(f"error: TRL is not installed; pip install {_TRL} (the extra `trl`)", err=True)
         sys.exit(2)
     rows: list[Mapping[str, object]] = []
     details: dict[str, object] = {}
@@ -133,7 +134,7 @@ def _alternate(setting: Setting, options: Options) -> dict[str, list[Run]]:
     measured: dict[str, list[Run]] = {"TRL": [], "ray-rl": []}
     with tempfile.TemporaryDirectory() as folder:
         endless = Path(folder) / "policy"
-        _make_endless(setting.model(options.work), endless, setting.never)
+        make_endless(setting.model(options.work), endless, setting.never)
         overrides = [
             *_COMMON,
             f"model.path={endless}",
@@ -156,7 +157,7 @@ def _curves(seeds: Sequence[int]) -> dict[str, list[Run]]:
     return curves
 
 
-def _make_endless(model: Path, folder: Path, never: str) -> None:
+def make_endless(model: Path, folder: Path, never: str) -> None:
     """A copy of a policy whose end of sequence is a token that it never says, so that all completions are equally long."""
     shutil.copytree(model, folder, copy_function=os.symlink)
     ids = {
