@@ -151,13 +151,13 @@ class Engine:
         return logprobs_of_prompt(output, token_ids)
 
     async def pause(self) -> None:
-        """Freeze what runs and queue what comes; forget all cached keys and values.
+        """Freeze what runs, or complete it (weights.running), and queue what comes; forget all cached keys and values.
 
         A frozen completion goes on after `resume`, under the weights that the engine then has.
         """
-        started = time.monotonic()
-        await self._control(self._llm.pause_generation(mode="keep", clear_cache=True), what="the engine to pause")
-        self._paused_at = started
+        mode, started = self._config.weights.running, time.monotonic()
+        await self._control(self._llm.pause_generation(mode=mode, clear_cache=True), what="the engine to pause")
+        self._paused_at = started if mode == "keep" else time.monotonic()
 
     async def resume(self) -> None:
         """Go on after `pause`."""

@@ -10,6 +10,9 @@ from ray_rl.config.section import Section
 class WeightSection(Section):
     """What every transport shares."""
 
+    running: Literal["keep", "wait"] = "keep"
+    """What becomes of completions that run when weights arrive. `keep`: they go on under the new ones at once, and the record
+    tells which version sampled which tokens. `wait`: the engine first completes them under the old ones; nothing else starts."""
     timeout: float = Field(600.0, gt=0)
     """Seconds one publication to all engines may take."""
     probe_tolerance: float | None = Field(None, gt=0)

@@ -100,6 +100,28 @@ def test_a_completion_in_flight_says_which_version_sampled_which_tokens(tiny: Ru
             assert sampled == pytest.approx(of_version[span.start : span.end], abs=1e-4)
 
 
+def test_an_engine_that_waits_completes_what_runs_under_the_old_weights(tmp_path: Path) -> None:
+    new = tiny_model(1, tied=True)
+    manifest = write_weights(new, 1, tmp_path / "weights")
+    with running_engine(tmp_path / "model", seed=0, tied=True, running="wait") as tiny:
+
+        async def push_in_flight() -> tuple[tuple[Completion, ...], tuple[Completion, ...]]:
+            running = asyncio.ensure_future(tiny.engine.generate(PROMPT[:40], n=16, max_tokens=400))
+            await asyncio.sleep(0.4)
+            pushing = asyncio.ensure_future(push(tiny.engine, manifest, tmp_path / "weights"))
+            await asyncio.sleep(0.1)
+            assert not pushing.done()
+            assert not running.done()
+            later = await tiny.engine.generate(PROMPT[:40], n=2, max_tokens=20)
+            await pushing
+            return await running, later
+
+        before, after = tiny.run(push_in_flight())
+        assert [[span.version for span in completion.versions] for completion in before] == [[0]] * 16
+        assert [[span.version for span in completion.versions] for completion in after] == [[1]] * 2
+        assert tiny.run(tiny.engine.prove(probe_of(new), TOLERANCE)) < TOLERANCE
+
+
 def test_one_wrong_byte_fails_the_digest_of_its_tensor_and_leaves_the_old_weights(
     tiny: RunningEngine, tmp_path: Path
 ) -> None:

@@ -76,13 +76,13 @@ def write_weights(model: LlamaForCausalLM, version: int, path: Path) -> WeightMa
     return WeightManifest(version=version, tensors=tuple(entries))
 
 
-def tiny_config(folder: Path, **rollout: Any) -> RunConfig:
+def tiny_config(folder: Path, *, running: str = "keep", **rollout: Any) -> RunConfig:
     """float32 on CPU with a small cache."""
     return resolve_config(
         {
             "model": {"path": str(folder), "max_model_len": 512},
             "rollout": {"kv_cache_gib": 0.1, "max_tokens": 64, "group_timeout": 120, **rollout},
-            "weights": {"timeout": 60},
+            "weights": {"timeout": 60, "running": running},
         }
     )
 
@@ -101,13 +101,13 @@ class RunningEngine:
 
 
 @contextmanager
-def running_engine(folder: Path, *, seed: int, tied: bool, **rollout: Any) -> Iterator[RunningEngine]:
+def running_engine(folder: Path, *, seed: int, tied: bool, **config: Any) -> Iterator[RunningEngine]:
     """An engine on `tiny_model(seed)`, ended at the end."""
     model = tiny_model(seed, tied=tied)
     model.save_pretrained(folder)
     with asyncio.Runner() as runner:
-        config = tiny_config(folder, **rollout)
-        engine = runner.run(Engine.start(config, str(folder), eos_token_ids=[EOS], seed=0))
+        started = Engine.start(tiny_config(folder, **config), str(folder), eos_token_ids=[EOS], seed=0)
+        engine = runner.run(started)
         try:
             yield RunningEngine(engine=engine, model=model, runner=runner)
         finally:
