@@ -18,6 +18,7 @@ from ray_rl.embedded import policy_path
 from ray_rl.types import TrainingSample
 
 _PROMPT, _COMPLETION = 64, 128
+_GROUP = 8
 _MEMORY_TOKENS = 4096
 
 
@@ -43,9 +44,21 @@ def run(options: Options) -> CaseResult:
             }
             for name, of_variant in seconds.items()
         ]
+        grouped = make_samples(count, vocabulary=_vocabulary(path), group=_GROUP)
+        sharing = _seconds_of(
+            {
+                "prompts repeated": _learner(path, grouped, "learner.share_prefixes=false"),
+                "prompts shared": _learner(path, grouped),
+            },
+            2 if options.quick else options.repeats,
+        )
+        details[f"{subject}, groups of {_GROUP}"] = sharing
         ratios[subject] = {
             "learner_over_bare": bare / median(seconds["learner, logits kept"]),
             "learner_over_bare_recomputing": bare / median(seconds["learner"]),
+            "sharing_over_repeating": median(
+                [a / b for a, b in zip(sharing["prompts repeated"], sharing["prompts shared"], strict=True)]
+            ),
         }
     peaks = {name: _peak_bytes(smollm2, name) for name in ("learner", "plain")}
     headline = {
@@ -53,20 +66,23 @@ def run(options: Options) -> CaseResult:
         "learner_over_bare_recomputing": {
             subject: of["learner_over_bare_recomputing"] for subject, of in ratios.items()
         },
+        "sharing_over_repeating": {subject: of["sharing_over_repeating"] for subject, of in ratios.items()},
         "memory_over_plain": peaks["learner"] / peaks["plain"],
     }
     return CaseResult(headline=headline, rows=rows, details={"seconds": details, "peak bytes": peaks})
 
 
-def make_samples(count: int, *, vocabulary: int, seed: int = 0) -> list[TrainingSample]:
-    """Random tokens; completions of half to all of the longest length."""
+def make_samples(count: int, *, vocabulary: int, seed: int = 0, group: int = 1) -> list[TrainingSample]:
+    """Random tokens; completions of half to all of the longest length, so many to a prompt."""
     draw = random.Random(seed)
     samples = []
     for index in range(count):
+        if index % group == 0:
+            prompt = tuple(draw.randrange(vocabulary) for _ in range(_PROMPT))
         length = draw.randint(_COMPLETION // 2, _COMPLETION)
         samples.append(
             TrainingSample(
-                token_ids=tuple(draw.randrange(vocabulary) for _ in range(_PROMPT + length)),
+                token_ids=prompt + tuple(draw.randrange(vocabulary) for _ in range(length)),
                 loss_mask=(False,) * _PROMPT + (True,) * length,
                 behavior_logprobs=(0.0,) * _PROMPT + (-3.0,) * length,
                 advantages=(0.0,) * _PROMPT + (1.0 if index % 2 else -1.0,) * length,
@@ -83,18 +99,24 @@ def _vocabulary(path: Path) -> int:
 
 
 def _seconds(path: Path, samples: Sequence[TrainingSample], repeats: int) -> dict[str, list[float]]:
-    """Of an optimizer step on all samples, for each variant; the first, which allocates, is not counted."""
-    from learner.engine import LearnerEngine
-
-    def engine(*overrides: str) -> Callable[[int], object]:
-        learner = LearnerEngine(_config(path, *overrides), path, 0, 1)
-        return lambda step: learner.train(samples, step)
-
+    """Of an optimizer step on all samples, for each variant."""
     steps = {
         "bare loop": _bare_loop(path, samples),
-        "learner, logits kept": engine("learner.recompute_head=false"),
-        "learner": engine(),
+        "learner, logits kept": _learner(path, samples, "learner.recompute_head=false"),
+        "learner": _learner(path, samples),
     }
+    return _seconds_of(steps, repeats)
+
+
+def _learner(path: Path, samples: Sequence[TrainingSample], *overrides: str) -> Callable[[int], object]:
+    from learner.engine import LearnerEngine
+
+    learner = LearnerEngine(_config(path, *overrides), path, 0, 1)
+    return lambda step: learner.train(samples, step)
+
+
+def _seconds_of(steps: Mapping[str, Callable[[int], object]], repeats: int) -> dict[str, list[float]]:
+    """Of each variant in turn; the first, which allocates, is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for step in range(repeats + 1):
         for name, take in steps.items():

@@ -2,7 +2,8 @@
 
 A row of packed sequences needs a mask that keeps them apart, and with a mask the kernel computes all T x T pairs of the
 row to throw most away. Here the sequences are laid side by side instead, padded to the longest, for attention alone: the
-kernel is causal and needs no mask, and everything else in the model stays without padding.
+kernel is causal and needs no mask, and everything else in the model stays without padding. Tokens that several sequences
+start with are laid in each of them, while everything else in the model computes them once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from learner.batches import PackedSequences
 
 PACKED_SDPA = "packed_sdpa"
 """Name under which transformers knows `packed_sdpa`."""
@@ -31,8 +34,7 @@ def packed_sdpa(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    cu_seq_lens_q: Tensor,
-    max_length_q: int,
+    sequences: PackedSequences,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -47,8 +49,7 @@ def packed_sdpa(
         key: [1, key heads, T, size]
         value: as key.
         attention_mask: none, since the sequences' lengths say it all.
-        cu_seq_lens_q: [S + 1] offsets of the sequences in the row, with T.
-        max_length_q: length of the longest.
+        sequences: the row of T tokens.
         scaling: of the scores; None: 1 / sqrt(size).
         dropout: must be 0.
         sliding_window: how many tokens back a token sees, itself included; None: all.
@@ -63,63 +64,64 @@ def packed_sdpa(
     """
     if softcap is not None:
         raise NotImplementedError("this model caps its attention scores: use model.attention=eager")
-    starts = cu_seq_lens_q.long()
-    lengths = starts.diff()
-    count, longest = len(lengths), max_length_q
-    # Where the row's tokens lie in the padded block.
-    shifts = torch.arange(count, device=starts.device) * longest - starts[:-1]
-    tokens = query.shape[2]  # told, so that a GPU is not waited for in every layer
-    places = torch.arange(tokens, device=starts.device) + shifts.repeat_interleave(lengths, output_size=tokens)
+    count, longest = sequences.places.shape
 
-    def spread(row: Tensor) -> Tensor:
-        block = _Spread.apply(row[0].transpose(0, 1), places, count * longest)
+    def spread(row: Tensor, shared: tuple[tuple[int, int, int], ...]) -> Tensor:
+        block = _Spread.apply(row[0].transpose(0, 1), sequences.places.flatten(), sequences.owned, shared)
         return block.view(count, longest, *block.shape[1:]).transpose(1, 2)
 
     mask = None
     if sliding_window is not None and longest > sliding_window:
-        distance = torch.arange(longest, device=starts.device)
+        distance = torch.arange(longest, device=query.device)
         distance = distance.unsqueeze(1) - distance
         mask = (distance >= 0) & (distance < sliding_window)
     output = F.scaled_dot_product_attention(
-        spread(query),
-        spread(key),
-        spread(value),
+        # Of a shared token's attention the owner's is used, so its query has the owner's gradient alone.
+        spread(query, ()),
+        spread(key, sequences.shared),
+        spread(value, sequences.shared),
         attn_mask=mask,
         dropout_p=dropout,
         is_causal=mask is None,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return _Gather.apply(output.transpose(1, 2).reshape(count * longest, *output.shape[1::2]), places).unsqueeze(
-        0
-    ), None
+    block = output.transpose(1, 2).reshape(count * longest, *output.shape[1::2])
+    return _Gather.apply(block, sequences.owned).unsqueeze(0), None
 
 
 class _Spread(torch.autograd.Function):
-    """Rows to their places in a block of zeros. PyTorch's own gradients of indexing add up, one row after the other."""
+    """A row's tokens to each place of a block. PyTorch's own gradients of indexing add up, one token after the other."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(places)
-        return rows.new_zeros(size, *rows.shape[1:]).index_copy_(0, places, rows)
+    def forward(
+        ctx: Any, row: Tensor, places: Tensor, owned: Tensor, shared: tuple[tuple[int, int, int], ...]
+    ) -> Tensor:
+        ctx.save_for_backward(owned)
+        ctx.shared = shared
+        return row.index_select(0, places)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        return gradients[0].index_select(0, places), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (owned,) = ctx.saved_tensors
+        block = gradients[0]
+        row = block.index_select(0, owned)
+        for first, place, length in ctx.shared:
+            row[first : first + length] += block[place : place + length]
+        return row, None, None, None
 
 
 class _Gather(torch.autograd.Function):
-    """The inverse: a block's rows at the places."""
+    """The inverse: a block's tokens at the places that own them."""
 
     @staticmethod
-    def forward(ctx: Any, block: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
+    def forward(ctx: Any, block: Tensor, owned: Tensor) -> Tensor:
+        ctx.save_for_backward(owned)
         ctx.size = len(block)
-        return block.index_select(0, places)
+        return block.index_select(0, owned)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (places,) = ctx.saved_tensors
+        (owned,) = ctx.saved_tensors
         gradient = gradients[0]
-        return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy_(0, places, gradient), None
+        return gradient.new_zeros(ctx.size, *gradient.shape[1:]).index_copy_(0, owned, gradient), None

@@ -21,7 +21,7 @@ from learner.batches import PackedBatch, TokenTable, loss_totals, pack_sequences
 from learner.distributed import choose_device, meet, sum_over_ranks
 from learner.losses import AGGREGATIONS, SURROGATES, Clip, LossTotals, importance_weights, kl_estimate, weighted_sum
 from learner.model import Policy, gathered, load_model, vocabulary_size
-from learner.packing import pack, split_minibatches
+from learner.packing import pack, pack_sharing, split_minibatches
 from learner.policy import initialize_policy, initialize_reference, reduce_gradients
 from learner.samples import whiten
 from learner.step_statistics import MicrobatchOutcome, StepStatistics, batch_metrics
@@ -81,6 +81,7 @@ class LearnerEngine:
         heads = {"recompute_head": config.learner.recompute_head, "float32_head": config.learner.float32_head}
         self.deepspeed = initialize_policy(Policy(policy, **heads), config)
         self._sharded = self.deepspeed.zero_optimization_stage() == 3
+        self._shares = config.shares_prefixes
         self._reference = None
         self._penalizes = config.learner.kl.coefficient > 0
         if self._penalizes and config.learner.lora is None:
@@ -139,7 +140,7 @@ class LearnerEngine:
 
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probabilities of token_ids[1:] under the current policy at temperature 1; [P - 1] for [P] tokens."""
-        sequences = pack_sequences([token_ids], self.device)
+        sequences = pack_sequences([tuple(token_ids)], self.device)
         predicting = torch.arange(len(token_ids) - 1, device=self.device)
         with torch.no_grad():
             logprobs, _ = self.deepspeed(sequences, predicting, sequences.input_ids[0, 1:], 1.0)
@@ -189,29 +190,28 @@ class LearnerEngine:
         chosen = [samples[index] for index in indices]
         if self.config.advantage.whiten == "minibatch":
             chosen = whiten(chosen)
-        shares = pack(
-            [len(sample.token_ids) for sample in chosen],
-            ranks=self.world_size,
-            microbatch_tokens=self.config.learner.microbatch_tokens,
-        )
         totals = loss_totals(chosen, max_tokens=self.config.rollout.max_tokens)
-        return _Minibatch(indices=indices, samples=chosen, microbatches=shares[self.rank], totals=totals)
+        return _Minibatch(indices=indices, samples=chosen, microbatches=self._microbatches(chosen), totals=totals)
+
+    def _microbatches(self, samples: Sequence[TrainingSample]) -> list[Microbatch]:
+        """This rank's."""
+        limits = {"ranks": self.world_size, "microbatch_tokens": self.config.learner.microbatch_tokens}
+        rows = [sample.token_ids for sample in samples]
+        shares = pack_sharing(rows, **limits) if self._shares else pack([len(row) for row in rows], **limits)
+        return shares[self.rank]
+
+    def _packed(self, samples: Sequence[TrainingSample], microbatch: Microbatch) -> PackedBatch:
+        return packed_batch(samples, microbatch, self.device, share=self._shares)
 
     def _table(self, model: Callable[..., tuple[Tensor, Tensor]], samples: Sequence[TrainingSample]) -> TokenTable:
         """Log-probabilities of all samples under a model, at the sampling temperature."""
 
         @torch.no_grad()
-        def logprobs(batch: PackedBatch) -> Tensor:
-            return self._forward(model, batch)[0]
+        def logprobs(microbatch: Microbatch) -> Tensor:
+            return self._forward(model, self._packed(samples, microbatch))[0]
 
         table = TokenTable(samples, self.device)
-        table.fill(
-            samples,
-            logprobs,
-            rank=self.rank,
-            world_size=self.world_size,
-            microbatch_tokens=self.config.learner.microbatch_tokens,
-        )
+        table.fill(samples, self._microbatches(samples), logprobs)
         return table
 
     def _reference_table(self, samples: Sequence[TrainingSample]) -> TokenTable:
@@ -236,7 +236,7 @@ class LearnerEngine:
     def _mean_ratio(self, minibatch: _Minibatch, old: TokenTable) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for microbatch in minibatch.microbatches:
-            batch = packed_batch(minibatch.samples, microbatch, self.device)
+            batch = self._packed(minibatch.samples, microbatch)
             logprobs, _ = self._forward(self.deepspeed, batch)
             ratio = torch.exp(logprobs - old.rows(minibatch.batch_indices(microbatch)))
             total += weighted_sum(ratio, batch.tokens)
@@ -246,7 +246,7 @@ class LearnerEngine:
         self, minibatch: _Minibatch, old: TokenTable | None, reference: TokenTable | None, statistics: StepStatistics
     ) -> None:
         for microbatch in minibatch.microbatches:
-            batch = packed_batch(minibatch.samples, microbatch, self.device)
+            batch = self._packed(minibatch.samples, microbatch)
             rows = minibatch.batch_indices(microbatch)
             outcome, loss = self._loss(
                 batch,

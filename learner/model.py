@@ -123,7 +123,8 @@ def model_inputs(sequences: PackedSequences) -> dict[str, Any]:
         "input_ids": sequences.input_ids,
         "position_ids": sequences.position_ids,
         "use_cache": False,
-        # Names under which transformers hands them on to its attention implementations.
+        # What transformers hands on to its attention implementations: ours, and those that know cumulative lengths.
+        "sequences": sequences,
         "cu_seq_lens_q": sequences.starts,
         "cu_seq_lens_k": sequences.starts,
         "max_length_q": sequences.longest,

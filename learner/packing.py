@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 
 from ray_rl.types import Microbatch
 
@@ -68,6 +70,57 @@ def pack(lengths: Sequence[int], *, ranks: int, microbatch_tokens: int) -> list[
         padded = fullest_first + [[]] * (most - len(share))
         packed.append([Microbatch(indices=tuple(indices)) for indices in padded])
     return packed
+
+
+def pack_sharing(rows: Sequence[tuple[int, ...]], *, ranks: int, microbatch_tokens: int) -> list[list[Microbatch]]:
+    """As `pack`, for a model that computes tokens once with which several sequences of a microbatch start.
+
+    In alphabetical order those that start alike adjoin; the order is cut where microbatches become nearly equal.
+
+    Args:
+        rows: token ids of each sequence.
+        ranks: data-parallel ranks.
+        microbatch_tokens: most tokens of one forward pass, shared ones counted once; but for a longer sequence.
+    """
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    # Of each, what the one before it does not start with.
+    own = [len(rows[i]) - common_prefix(rows[before], rows[i]) for before, i in pairwise(order)]
+    left = sum(own, len(rows[order[0]]) if order else 0)
+    count = ranks * max(1, math.ceil(left / (ranks * microbatch_tokens)))
+    parts: list[list[int]] = []
+    sizes: list[int] = []
+    for index, tokens in zip(order, [microbatch_tokens + 1, *own], strict=False):
+        size = sizes[-1] if parts else 0
+        # What is open and what is left, shared among the parts that are still to come.
+        target = (size + left) / max(count - len(parts) + 1, 1)
+        if size + tokens > microbatch_tokens or (len(parts) < count and size + tokens / 2 > target):
+            parts.append([])
+            sizes.append(0)
+            tokens = len(rows[index])
+        parts[-1].append(index)
+        sizes[-1] += tokens
+        left -= tokens
+    most = -(-len(parts) // ranks)
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for part in sorted(range(len(parts)), key=lambda part: (-sizes[part], part)):
+        open_ranks = (rank for rank in range(ranks) if len(shares[rank]) < most)
+        shares[min(open_ranks, key=lambda rank: (sum(sizes[k] for k in shares[rank]), rank))].append(part)
+    return [
+        [Microbatch(indices=tuple(parts[part])) for part in share] + [Microbatch(indices=())] * (most - len(share))
+        for share in shares
+    ]
+
+
+def common_prefix(left: tuple[int, ...], right: tuple[int, ...]) -> int:
+    """Number of tokens with which both start."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _cut_evenly(items: list[int], parts: int) -> list[list[int]]:

@@ -108,6 +108,9 @@ class LearnerConfig(Section):
     microbatch_tokens: int = Field(4096, ge=1)
     """Most tokens of one forward pass of one rank, prompts included. Sequences are packed without padding; one that is longer
     has a pass of its own."""
+    share_prefixes: bool | None = None
+    """Tokens that several sequences of a forward pass start with (a group's prompt, what continuations continue) are computed
+    once; microbatch_tokens counts them once. Unset: where model.attention is sdpa, which alone can."""
     recompute_head: bool = True
     """Logits are computed once more in the backward pass instead of being kept, which takes a vocabulary's floats per token."""
     float32_head: bool = True

@@ -67,6 +67,12 @@ class RunConfig(Section):
         return self.training.steps * self.learner.epochs * (self.samples_per_step // self.minibatch_size)
 
     @property
+    def shares_prefixes(self) -> bool:
+        """Whether the learner computes common prefixes once."""
+        share = self.learner.share_prefixes
+        return self.model.attention == "sdpa" if share is None else share
+
+    @property
     def trains_on_continuations(self) -> bool:
         """Whether continuations enter the batch."""
         return not isinstance(self.values, NoValues) and self.values.train_on_continuations
@@ -208,6 +214,11 @@ class RunConfig(Section):
             yield (
                 "model.dtype: float16, which DeepSpeed trains on GPUs only; use float32 or bfloat16, or set "
                 "learner.gpus_per_rank=1"
+            )
+        if self.learner.share_prefixes and self.model.attention != "sdpa":
+            yield (
+                f"learner.share_prefixes: model.attention={self.model.attention} knows no shared prefixes; leave it out, or "
+                "use model.attention=sdpa"
             )
         if self.model.attention == "flash_attention_2" and (
             self.model.dtype == "float32" or self.learner.gpus_per_rank == 0

@@ -297,6 +297,22 @@ def test_the_order_of_samples_and_of_the_batch_does_not_matter_beyond_rounding(m
 LORA = "learner.lora={rank: 4, alpha: 8}"
 
 
+def test_shared_prefixes_change_no_update(model_path):
+    samples = make_samples(12, seed=3)
+    samples = [
+        replace(s, token_ids=samples[i % 3].token_ids[:PROMPT] + s.token_ids[PROMPT:]) for i, s in enumerate(samples)
+    ]
+    updated = []
+    for share in ("true", "false"):
+        engine = make_engine(
+            model_path, f"learner.share_prefixes={share}", "learner.minibatch_size=6", "rollout.group_size=12"
+        )
+        metrics = engine.train(samples, 0)
+        updated.append((weights(engine), metrics))
+    assert largest_difference(updated[0][0], updated[1][0]) < 1e-6
+    assert updated[0][1] == pytest.approx(updated[1][1], rel=1e-4, abs=1e-6)
+
+
 def test_adapters_train_alone_and_are_published_merged(model_path, tmp_path):
     engine = make_engine(model_path, LORA)
     before = weights(engine)

@@ -1,5 +1,7 @@
 """Packed, chunked log-probabilities against the plain way: one sequence at a time, all logits at once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import (
@@ -17,7 +19,7 @@ from learner.batches import pack_sequences, packed_batch
 from learner.model import Policy, load_model, model_inputs
 from ray_rl.config.model import ModelConfig
 from ray_rl.types import Microbatch
-from tests.learner.engines import make_samples
+from tests.learner.engines import PROMPT, make_samples
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -66,7 +68,34 @@ def test_packed_and_chunked_is_exact_with_its_gradients(model_path, monkeypatch,
     monkeypatch.setattr(learner.model, "_CHUNK_FLOATS", chunk)
     monkeypatch.setattr(learner.model, "_CHUNK_ROWS", 1)
     samples = make_samples(7)
-    batch = packed_batch(samples, Microbatch(indices=tuple(range(7))), CPU)
+    check_exact(
+        samples, packed_batch(samples, Microbatch(indices=tuple(range(7))), CPU), model_path, attention, recompute
+    )
+
+
+def test_with_shared_prefixes_it_is_exact_too(model_path):
+    samples = sorted(with_prefixes_in_common(), key=lambda sample: sample.token_ids)
+    batch = packed_batch(samples, Microbatch(indices=tuple(range(len(samples)))), CPU, share=True)
+    assert batch.sequences.input_ids.shape[1] < 0.7 * sum(len(sample.token_ids) for sample in samples)
+    check_exact(samples, batch, model_path, "sdpa", True)
+
+
+def with_prefixes_in_common():
+    """Two prompts; completions of them, one of them twice, and continuations from within these."""
+    samples = []
+    for of_prompt in (make_samples(4, seed=5), make_samples(3, seed=6)):
+        prompt = of_prompt[0].token_ids[:PROMPT]
+        completions = [replace(sample, token_ids=prompt + sample.token_ids[PROMPT:]) for sample in of_prompt]
+        samples += [*completions, completions[0]]
+        for sample in completions:
+            after_two = PROMPT + 2
+            masked = (False,) * 2 + sample.loss_mask[PROMPT + 2 :]
+            tokens = sample.token_ids[:after_two] + tuple(reversed(sample.token_ids[after_two:]))
+            samples.append(replace(sample, token_ids=tokens, loss_mask=(False,) * PROMPT + masked))
+    return samples
+
+
+def check_exact(samples, batch, model_path, attention, recompute):
     ours = load_model(ModelConfig(attention=attention), model_path)
     logprobs, entropies = Policy(ours, recompute_head=recompute)(batch.sequences, batch.predicting, batch.targets, 0.7)
     theirs = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="eager")
@@ -149,3 +178,20 @@ def test_sequences_keep_apart_and_start_at_position_0():
     assert sequences.input_ids.tolist() == [[5, 6, 7, 8, 9, 10]]
     assert sequences.position_ids.tolist() == [[0, 1, 2, 0, 0, 1]]
     assert (sequences.starts.tolist(), sequences.longest) == ([0, 3, 4, 6], 3)
+    assert sequences.places.tolist() == [[0, 1, 2], [3, 0, 0], [4, 5, 0]]
+    assert sequences.owned.tolist() == [0, 1, 2, 3, 6, 7]
+    assert sequences.shared == ()
+
+
+def test_a_shared_prefix_is_in_the_row_once():
+    rows = [(5, 6), (5, 6, 7), (5, 6, 8, 9), (5, 6, 8, 9), (5, 6, 8, 4), (3,)]
+    sequences = pack_sequences(rows, CPU, share=True)
+    assert sequences.input_ids.tolist() == [[5, 6, 7, 8, 9, 4, 3]]
+    assert sequences.position_ids.tolist() == [[0, 1, 2, 2, 3, 3, 0]]
+    assert [
+        [sequences.input_ids[0, place] for place in path[: len(row)]]
+        for path, row in zip(sequences.places.tolist(), rows, strict=True)
+    ] == [list(row) for row in rows]
+    assert sequences.places.flatten()[sequences.owned].tolist() == list(range(7))
+    # Row four lies in it as the prompt and as what follows it from place 3 on, row five too, but for its last token.
+    assert sequences.shared == ((0, 4, 2), (0, 8, 2), (0, 12, 2), (3, 14, 2), (0, 16, 2), (3, 18, 1))

@@ -3,7 +3,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.packing import pack, split_minibatches
+from learner.packing import common_prefix, pack, pack_sharing, split_minibatches
 
 lengths_of = st.lists(st.integers(2, 200), min_size=1, max_size=60)
 
@@ -74,3 +74,43 @@ def test_balance_by_hand():
 def test_a_sequence_longer_than_a_microbatch_has_its_own_and_other_ranks_an_empty_one():
     shares = pack([20, 3, 4, 3], ranks=2, microbatch_tokens=8)
     assert [[m.indices for m in share] for share in shares] == [[(0,), ()], [(2, 1), (3,)]]
+
+
+# Few different tokens, so that many rows start alike.
+rows_of = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12).map(tuple), max_size=40)
+
+
+def shared_size(rows, indices):
+    """Distinct prefixes: the tokens of a microbatch, common ones counted once."""
+    return len({rows[i][:end] for i in indices for end in range(1, len(rows[i]) + 1)})
+
+
+@given(rows_of, st.integers(1, 4), st.integers(1, 60))
+def test_packing_with_shared_prefixes_keeps_every_sample_and_the_limit(rows, ranks, tokens):
+    shares = pack_sharing(rows, ranks=ranks, microbatch_tokens=tokens)
+    assert len(shares) == ranks
+    assert len({len(share) for share in shares}) == 1
+    assert Counter(i for share in shares for m in share for i in m.indices) == Counter(range(len(rows)))
+    assert all(len(m.indices) <= 1 or shared_size(rows, m.indices) <= tokens for share in shares for m in share)
+
+
+@given(rows_of, st.integers(1, 4), st.integers(12, 60))
+def test_ranks_with_shared_prefixes_differ_by_little(rows, ranks, tokens):
+    shares = pack_sharing(rows, ranks=ranks, microbatch_tokens=tokens)
+    loads = [sum(shared_size(rows, m.indices) for m in share) for share in shares]
+    assert max(loads) - min(loads) <= tokens
+
+
+def test_a_group_stays_together_and_costs_its_prompt_once():
+    prompts = [(1,) * 50, (2,) * 50]
+    rows = [prompts[i % 2] + (3 + i,) * 10 for i in range(8)]
+    (share,) = pack_sharing(rows, ranks=1, microbatch_tokens=90)
+    assert [sorted(m.indices) for m in share] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert [shared_size(rows, m.indices) for m in share] == [90, 90]
+
+
+@given(st.lists(st.integers(0, 1)).map(tuple), st.lists(st.integers(0, 1)).map(tuple))
+def test_a_common_prefix_is_the_longest(left, right):
+    common = common_prefix(left, right)
+    assert left[:common] == right[:common]
+    assert common == min(len(left), len(right)) or left[common] != right[common]

@@ -178,6 +178,10 @@ FAULTS = {
     "GPUs of a rank": (["learner.gpus_per_rank=2"], "learner.gpus_per_rank: 2, but a rank computes on one GPU"),
     "shared GPU": (["learner.gpus_per_rank=0.5", "learner.ranks=2"], "learner.gpus_per_rank: 0.5, but a rank"),
     "float16 on CPU": (["model.dtype=float16"], "model.dtype: float16, which DeepSpeed trains on GPUs only"),
+    "shared prefixes": (
+        ["model.attention=eager", "learner.share_prefixes=true"],
+        "learner.share_prefixes: model.attention=eager knows no shared prefixes",
+    ),
     "flash attention": (["model.attention=flash_attention_2"], "model.attention: flash_attention_2 needs GPUs"),
     "system prompt": (
         ["model.system_prompt=Think.", "model.chat_template=false"],
