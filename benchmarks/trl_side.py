@@ -6,6 +6,7 @@ Needs `trl` (benchmarks.versus_trl tells which). Prints one line of JSON: second
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -31,7 +32,7 @@ def train(config: RunConfig, output: str) -> dict[str, list[float]]:
     from ray_rl.types import ScoringItem
 
     rollout, learner, optimizer = config.rollout, config.learner, config.learner.optimizer
-    torch.set_num_threads(int(learner.cpus_per_rank))
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     source = model_source(config)
     tokenizer = AutoTokenizer.from_pretrained(source)
     stream = Prepared(config, evaluates=False).stream

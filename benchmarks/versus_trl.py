@@ -32,9 +32,6 @@ _COMPLETIONS = 64
 _SECONDS = 3600.0
 _LOOK_SECONDS = 1.0
 _COMMON = (
-    # Sampling and training take turns, so that each may have all cores.
-    "rollout.cpus_per_actor=2",
-    "learner.cpus_per_rank=2",
     "learner.minibatch_size=null",
     "learner.optimizer.schedule=constant",
     "training.prompts_per_step=8",
@@ -69,7 +66,13 @@ _SETTINGS = (
     Setting(
         name="smollm2",
         max_tokens=128,
-        overrides=("model.max_model_len=256", "learner.optimizer.lr=1e-6"),
+        overrides=(
+            "model.max_model_len=256",
+            "learner.optimizer.lr=1e-6",
+            # Sampling and training take turns, so that each may have both cores.
+            "rollout.cpus_per_actor=2",
+            "learner.cpus_per_rank=2",
+        ),
         model=ensure,
         never="<file_sep>",
         steps=3,
