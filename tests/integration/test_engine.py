@@ -114,8 +114,8 @@ def test_where_not_all_fit_the_smallest_priorities_go_first(tmp_path: Path) -> N
             await asyncio.gather(first, *(one(priority) for priority in (3, 4, 1, 2)))
 
         tiny.run(all_of())
-        assert sorted(ended[1:]) == ended[1:] or sorted(ended) == ended
-        assert set(ended) == {1, 2, 3, 4, 5}
+        # The first one runs alone, unless the others came before it was taken up.
+        assert ended in ([5, 1, 2, 3, 4], [1, 2, 3, 4, 5])
 
 
 def test_a_killed_engine_process_fails_what_waits_for_it_by_name(tmp_path: Path) -> None:
