@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 NcclVerb = Literal["init", "start", "update", "finish"]
 
+_FIRST = -2
+"""Priority before all prompts' positions, evaluation's -1 included."""
 _HEALTH_SECONDS = 1.0
 _START_GRACE_SECONDS = 30.0
 
@@ -47,6 +49,7 @@ class Engine:
         self._stop_token_ids = sorted({*stop_token_ids, *config.rollout.stop_token_ids})
         self._requests = itertools.count()
         self.occupancy = Occupancy(config.rollout.most_groups, config.rollout.max_sequences)
+        """Of this engine; who makes groups on it says so there."""
         self._version = 0
         self._paused_at: float | None = None
         self._pause_seconds = 0.0
@@ -147,7 +150,8 @@ class Engine:
             EngineDied: the engine's process is gone.
             DeadlineExceeded: weights.timeout passed; also when the engine is paused, for it then answers nobody.
         """
-        output = await self._control(self._request(token_ids, scoring_params()), what="log-probabilities of a prompt")
+        scored = self._request(token_ids, scoring_params(), _FIRST)
+        output = await self._control(scored, what="log-probabilities of a prompt")
         return logprobs_of_prompt(output, token_ids)
 
     async def pause(self) -> None:
@@ -274,7 +278,7 @@ class Engine:
             raise EngineDied("the engine was shut down")
         return self._engine
 
-    async def _request(self, token_ids: Sequence[int], params: SamplingParams, priority: int = 0) -> RequestOutput:
+    async def _request(self, token_ids: Sequence[int], params: SamplingParams, priority: int) -> RequestOutput:
         from vllm.inputs.engine import tokens_input
 
         last: RequestOutput | None = None

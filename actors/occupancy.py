@@ -1,4 +1,4 @@
-"""How full an engine's batch is while its actor has all the work that it may have (pure but for the clock)."""
+"""How full an engine is while its actor has all the work that it may have (pure but for the clock)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from contextlib import contextmanager
 
 
 class Occupancy:
-    """Counts groups and requests, and the time in which the batch was less than half full although more groups may wait.
+    """The time in which an engine had requests for less than half a batch although more groups may wait.
 
-    More may wait when the actor works on as many groups as it is ever given.
+    More may wait when the actor works on as many groups as it is ever given. Where staleness admits fewer groups than there
+    are places, none does. Requests in the engine's own queue count: it takes them up as soon as it can.
     """
 
     def __init__(self, most_groups: int, most_requests: int, clock: Callable[[], float] = time.monotonic) -> None:

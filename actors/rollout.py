@@ -114,7 +114,11 @@ class Rollout:
     async def evaluate(self, prompt: Prompt, *, samples: int, temperature: float) -> tuple[ScoredSample, ...]:
         """Scored answers without values; temperature 0 is greedy. What is unfinished has no final answer."""
         completions = await self._engine.generate(
-            prompt.token_ids, n=samples, max_tokens=self._config.rollout.max_tokens, temperature=temperature
+            prompt.token_ids,
+            n=samples,
+            max_tokens=self._config.rollout.max_tokens,
+            temperature=temperature,
+            priority=prompt.position,
         )
         rewards = await self._score(prompt, [(completion.token_ids, completion.finished) for completion in completions])
         finished = [self._text(completion.token_ids) for completion in completions if completion.finished]

@@ -66,7 +66,7 @@ class RolloutActor:
         return await self._rollout.evaluate(prompt, samples=samples, temperature=temperature)
 
     async def receive_weights(self, payload: ObjectStorePayload | None) -> float:
-        """Take new weights between two tokens of what runs.
+        """Take new weights between two tokens of what runs, or once it is complete (weights.running).
 
         Args:
             payload: of the object store; None where NCCL has brought the weights already.
@@ -76,8 +76,8 @@ class RolloutActor:
         """
         if payload is not None:
             path = await asyncio.to_thread(self._write_file, payload, asyncio.get_running_loop())
-            await self._engine.pause()
             try:
+                await self._engine.pause()
                 await self._engine.receive_weights(payload.manifest, path)
             finally:
                 await self._engine.resume()
@@ -195,7 +195,8 @@ def create_rollout_client(
         .options(
             num_cpus=rollout.cpus_per_actor,
             num_gpus=rollout.gpus_per_actor,
-            max_concurrency=1000,
+            # Groups, answers to evaluation prompts, and room for what must not wait behind them.
+            max_concurrency=100 + 8 * rollout.most_groups,
             runtime_env={"env_vars": engine_environment(config)},
         )
         .remote(config, model_path, run_id, _engine_seed(config.seed, step, index), reward_actors)

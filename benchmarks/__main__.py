@@ -43,6 +43,14 @@ def run(
     if unknown:
         typer.echo(f"error: {', '.join(unknown)}: no such case; there are {', '.join(CASES)}", err=True)
         sys.exit(2)
+    for name in list(chosen):
+        if missing := CASES[name].missing():
+            mend = f"{name} needs {', '.join(missing)}, which is not installed: pip install {' '.join(missing)}"
+            if cases:
+                typer.echo(f"error: {mend}", err=True)
+                sys.exit(2)
+            typer.echo(f"left out: {mend}", err=True)
+            chosen.remove(name)
     work.mkdir(parents=True, exist_ok=True)
     results = {}
     for name in chosen:

@@ -73,7 +73,7 @@ def run(options: Options) -> CaseResult:
 
 
 def make_samples(count: int, *, vocabulary: int, seed: int = 0, group: int = 1) -> list[TrainingSample]:
-    """Random tokens; completions of half to all of the longest length, so many to a prompt."""
+    """Random tokens; completions of half to all of the longest length, `group` of them to a prompt."""
     draw = random.Random(seed)
     samples = []
     for index in range(count):
@@ -102,8 +102,9 @@ def _seconds(path: Path, samples: Sequence[TrainingSample], repeats: int) -> dic
     """Of an optimizer step on all samples, for each variant."""
     steps = {
         "bare loop": _bare_loop(path, samples),
-        "learner, logits kept": _learner(path, samples, "learner.recompute_head=false"),
-        "learner": _learner(path, samples),
+        # Without sharing, for the same microbatches.
+        "learner, logits kept": _learner(path, samples, "learner.share_prefixes=false", "learner.recompute_head=false"),
+        "learner": _learner(path, samples, "learner.share_prefixes=false"),
     }
     return _seconds_of(steps, repeats)
 

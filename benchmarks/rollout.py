@@ -23,8 +23,8 @@ from ray_rl.types import Prompt, TrajectoryGroup
 _COMPLETIONS = load_config("laptop-grpo", ["evaluation.problems=1"])
 _CONTINUED = load_config("laptop-vineppo", ["evaluation.problems=1"])
 _TWO_THREADS = load_config("laptop-vineppo", ["evaluation.problems=1", "rollout.cpus_per_actor=2"])
-_WAITING = 3
-"""Times the prompts of a step that are handed out, to see whether the batch stays full while groups wait."""
+_WAITING = 2
+"""Groups handed out for each place, to see whether the batch stays full while groups wait."""
 
 Request = tuple[tuple[int, ...], int]
 """Prefix, most tokens."""
@@ -96,7 +96,8 @@ class _Rollouts:
                 waited = time.perf_counter()
                 await self._first.collect(prompt)
 
-        await asyncio.gather(*(collect(prompt) for prompt in [*self._prompts] * _WAITING))
+        prompts = itertools.islice(itertools.cycle(self._prompts), _WAITING * _CONTINUED.rollout.most_groups)
+        await asyncio.gather(*(collect(prompt) for prompt in prompts))
         return await self._first.take_underfull() / (waited - started)
 
     async def _collect(self, clients: Sequence[RayRolloutClient]) -> list[CollectedGroup]:

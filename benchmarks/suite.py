@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ class Case:
     about: str
     """One line for the list of cases."""
     run: Callable[[Options], CaseResult]
+    needs: Mapping[str, str] = field(default_factory=dict)
+    """What it needs besides ray-rl: module -> what pip installs."""
+
+    def missing(self) -> list[str]:
+        """What pip would have to install."""
+        return [package for module, package in self.needs.items() if importlib.util.find_spec(module) is None]
 
 
 def machine() -> dict[str, Any]:

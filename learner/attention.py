@@ -106,9 +106,11 @@ class _Spread(torch.autograd.Function):
         (owned,) = ctx.saved_tensors
         block = gradients[0]
         row = block.index_select(0, owned)
-        for first, place, length in ctx.shared:
-            row[first : first + length] += block[place : place + length]
-        return row, None, None, None
+        if ctx.shared:
+            row = row.float()  # many small ones would be lost in 16 bits
+            for first, place, length in ctx.shared:
+                row[first : first + length] += block[place : place + length]
+        return row.to(block.dtype), None, None, None
 
 
 class _Gather(torch.autograd.Function):

@@ -18,10 +18,10 @@ from ray_rl.types import Microbatch, TrainingSample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedSequences:
-    """S sequences in one row of T tokens, without padding; none attends to another.
+    """S sequences in one row of T tokens, without padding; a token attends to its own sequence alone.
 
-    Where prefixes are shared, tokens with which a sequence and the one before it start are in the row once, and the row is
-    a tree; else the sequences lie end to end.
+    They lie end to end; but where prefixes are shared, tokens with which a sequence and the one before it start are in the
+    row once, and the row is a tree.
     """
 
     input_ids: Tensor
@@ -29,11 +29,11 @@ class PackedSequences:
     position_ids: Tensor
     """[1, T] int64, from 0 in each sequence."""
     starts: Tensor
-    """[S + 1] int32: offsets in the row at which the sequences' own tokens start, and T."""
+    """[S + 1] int32: offsets in the row at which the sequences' own tokens start, and T: without sharing, their ends."""
     longest: int
     """Tokens of the longest sequence."""
     places: Tensor
-    """[S, longest] int64: where in the row each sequence's tokens are; 0 past its end."""
+    """[S, longest] int64: where in the row each sequence's tokens are; 0 past its end, where nothing causal looks."""
     owned: Tensor
     """[T] int64: for each token of the row, its index in the flattened places, as of the sequence whose own it is."""
     shared: tuple[tuple[int, int, int], ...]

@@ -20,7 +20,7 @@ from learner.adapters import add_adapters, plain_parameters, without_adapters
 from learner.batches import PackedBatch, TokenTable, loss_totals, pack_sequences, packed_batch
 from learner.distributed import choose_device, meet, sum_over_ranks
 from learner.losses import AGGREGATIONS, SURROGATES, Clip, LossTotals, importance_weights, kl_estimate, weighted_sum
-from learner.model import Policy, gathered, load_model, vocabulary_size
+from learner.model import Policy, gathered, load_model, sharing_is_exact, vocabulary_size
 from learner.packing import pack, pack_sharing, split_minibatches
 from learner.policy import initialize_policy, initialize_reference, reduce_gradients
 from learner.samples import whiten
@@ -77,11 +77,15 @@ class LearnerEngine:
         policy = load_model(config.model, model_path)
         if config.learner.lora is not None:
             add_adapters(policy, config.learner.lora)
+        self._shares = config.shares_prefixes and sharing_is_exact(policy)
+        if config.learner.share_prefixes and not self._shares:
+            raise RunError(
+                "learner.share_prefixes: layers of this model see more than attention tells them; leave it out"
+            )
         self.vocab_size = vocabulary_size(policy)
         heads = {"recompute_head": config.learner.recompute_head, "float32_head": config.learner.float32_head}
         self.deepspeed = initialize_policy(Policy(policy, **heads), config)
         self._sharded = self.deepspeed.zero_optimization_stage() == 3
-        self._shares = config.shares_prefixes
         self._reference = None
         self._penalizes = config.learner.kl.coefficient > 0
         if self._penalizes and config.learner.lora is None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from learner.attention import PACKED_SDPA, register
-from learner.batches import PackedSequences
+from learner.batches import PackedSequences, pack_sequences
 from ray_rl.config.model import ModelConfig
 
 _CHUNK_FLOATS, _CHUNK_ROWS = 2**23, 512
@@ -123,13 +123,28 @@ def model_inputs(sequences: PackedSequences) -> dict[str, Any]:
         "input_ids": sequences.input_ids,
         "position_ids": sequences.position_ids,
         "use_cache": False,
-        # What transformers hands on to its attention implementations: ours, and those that know cumulative lengths.
+        # What transformers hands on to its attention implementations: ours, and those that know cumulative lengths, for
+        # which nothing is shared.
         "sequences": sequences,
         "cu_seq_lens_q": sequences.starts,
         "cu_seq_lens_k": sequences.starts,
         "max_length_q": sequences.longest,
         "max_length_k": sequences.longest,
     }
+
+
+@torch.no_grad()
+def sharing_is_exact(model: Any) -> bool:
+    """Whether a model computes the same where sequences share a prefix: recurrent layers and convolutions do not."""
+    rows = [(0, 1, 2), (0, 1, 3)]
+    shared = pack_sequences(rows, model.device, share=True)
+    hidden = model.base_model(**model_inputs(shared)).last_hidden_state[0]
+    tolerance = torch.finfo(hidden.dtype).eps ** 0.5
+    for row, places in zip(rows, shared.places, strict=True):
+        alone = model.base_model(**model_inputs(pack_sequences([row], model.device))).last_hidden_state[0]
+        if not torch.allclose(hidden[places], alone, rtol=tolerance, atol=tolerance * float(alone.abs().max())):
+            return False
+    return True
 
 
 def _float32_linear(head: nn.Linear, hidden: Tensor) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from ray_rl.types import Microbatch
+
+_MOST_PLACES = 4
+"""Times microbatch_tokens that attention may lay side by side: what it keeps for the backward pass must have a bound, too."""
 
 
 def split_minibatches(is_continuation: Sequence[bool], minibatch_size: int, seed: int) -> list[list[int]]:
@@ -75,40 +78,61 @@ def pack(lengths: Sequence[int], *, ranks: int, microbatch_tokens: int) -> list[
 def pack_sharing(rows: Sequence[tuple[int, ...]], *, ranks: int, microbatch_tokens: int) -> list[list[Microbatch]]:
     """As `pack`, for a model that computes tokens once with which several sequences of a microbatch start.
 
-    In alphabetical order those that start alike adjoin; the order is cut where microbatches become nearly equal.
+    In alphabetical order those that start alike adjoin. That order is cut into as few microbatches as may be, the largest
+    of them as small as may be; a cut within a common prefix costs it once more.
 
     Args:
         rows: token ids of each sequence.
         ranks: data-parallel ranks.
-        microbatch_tokens: most tokens of one forward pass, shared ones counted once; but for a longer sequence.
+        microbatch_tokens: most tokens of one forward pass, shared ones counted once, but for a longer sequence. Attention
+            lays the sequences side by side, as long as the longest: together at most 4 times as many places.
+
+    Returns:
+        For each rank its microbatches, the same number on every rank: those with fewer get empty ones. The k-th of all
+        ranks are of similar size, the fullest first.
     """
     order = sorted(range(len(rows)), key=rows.__getitem__)
-    # Of each, what the one before it does not start with.
-    own = [len(rows[i]) - common_prefix(rows[before], rows[i]) for before, i in pairwise(order)]
-    left = sum(own, len(rows[order[0]]) if order else 0)
-    count = ranks * max(1, math.ceil(left / (ranks * microbatch_tokens)))
-    parts: list[list[int]] = []
-    sizes: list[int] = []
-    for index, tokens in zip(order, [microbatch_tokens + 1, *own], strict=False):
-        size = sizes[-1] if parts else 0
-        # What is open and what is left, shared among the parts that are still to come.
-        target = (size + left) / max(count - len(parts) + 1, 1)
-        if size + tokens > microbatch_tokens or (len(parts) < count and size + tokens / 2 > target):
-            parts.append([])
-            sizes.append(0)
-            tokens = len(rows[index])
-        parts[-1].append(index)
-        sizes[-1] += tokens
-        left -= tokens
+    # Of each row what the one before it does not start with.
+    own = {i: len(rows[i]) - common_prefix(rows[before], rows[i]) for before, i in pairwise(order)}
+    count = ranks
+    while len(_cut(rows, order, own, microbatch_tokens, microbatch_tokens)) > count:
+        count += ranks
+    sizes = range(1, microbatch_tokens + 1)
+    smallest = bisect_left(sizes, -count, key=lambda size: -len(_cut(rows, order, own, size, microbatch_tokens)))
+    parts = sorted(_cut(rows, order, own, sizes[smallest], microbatch_tokens), reverse=True)
     most = -(-len(parts) // ranks)
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    for part in sorted(range(len(parts)), key=lambda part: (-sizes[part], part)):
-        open_ranks = (rank for rank in range(ranks) if len(shares[rank]) < most)
-        shares[min(open_ranks, key=lambda rank: (sum(sizes[k] for k in shares[rank]), rank))].append(part)
-    return [
-        [Microbatch(indices=tuple(parts[part])) for part in share] + [Microbatch(indices=())] * (most - len(share))
-        for share in shares
-    ]
+    shares: list[list[Microbatch]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for size, indices in parts:
+        rank = min((rank for rank in range(ranks) if len(shares[rank]) < most), key=lambda rank: (tokens[rank], rank))
+        tokens[rank] += size
+        shares[rank].append(Microbatch(indices=tuple(indices)))
+    return [share + [Microbatch(indices=())] * (most - len(share)) for share in shares]
+
+
+def _cut(
+    rows: Sequence[tuple[int, ...]], order: Sequence[int], own: Mapping[int, int], size: int, microbatch_tokens: int
+) -> list[tuple[int, list[int]]]:
+    """Tokens and rows of each part, when as many rows of the order as fit go into a part of `size` tokens."""
+    parts: list[list[int]] = []
+    tokens: list[int] = []
+    longest = 0
+    for index in order:
+        length = len(rows[index])
+        widest = max(longest, length)
+        if (
+            parts
+            and tokens[-1] + own[index] <= size
+            and (len(parts[-1]) + 1) * widest <= _MOST_PLACES * microbatch_tokens
+        ):
+            parts[-1].append(index)
+            tokens[-1] += own[index]
+            longest = widest
+        else:
+            parts.append([index])
+            tokens.append(length)
+            longest = length
+    return list(zip(tokens, parts, strict=True))
 
 
 def common_prefix(left: tuple[int, ...], right: tuple[int, ...]) -> int:

@@ -10,7 +10,7 @@ from ray_rl.metrics import evaluation_metrics
 from ray_rl.protocols import RolloutPool
 from ray_rl.types import Prompt, ScoredSample
 
-_REQUESTS_PER_PLACE = 16
+_REQUESTS_PER_PLACE = 4
 """A group's place in an engine is worth this many single answers: evaluation has no continuations."""
 
 

@@ -110,7 +110,8 @@ class LearnerConfig(Section):
     has a pass of its own."""
     share_prefixes: bool | None = None
     """Tokens that several sequences of a forward pass start with (a group's prompt, what continuations continue) are computed
-    once; microbatch_tokens counts them once. Unset: where model.attention is sdpa, which alone can."""
+    once; microbatch_tokens counts them once. Unset: where model.attention is sdpa, which alone can, and the model has no
+    layers but attention that look at other tokens."""
     recompute_head: bool = True
     """Logits are computed once more in the backward pass instead of being kept, which takes a vocabulary's floats per token."""
     float32_head: bool = True

@@ -44,7 +44,7 @@ class RolloutConfig(Section):
     start_timeout: float = Field(600.0, gt=0)
     """Seconds an actor may take to load its engine."""
     group_timeout: float = Field(1800.0, gt=0)
-    """Seconds one group may take from prompt to values."""
+    """Seconds one group may take from prompt to values, the time that it waits in its engine's queue included."""
 
     @property
     def most_groups(self) -> int:

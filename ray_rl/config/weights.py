@@ -12,7 +12,8 @@ class WeightSection(Section):
 
     running: Literal["keep", "wait"] = "keep"
     """What becomes of completions that run when weights arrive. `keep`: they go on under the new ones at once, and the record
-    tells which version sampled which tokens. `wait`: the engine first completes them under the old ones; nothing else starts."""
+    tells which version sampled which tokens. `wait`: the engine first completes them under the old ones, within `timeout`, and
+    nothing else starts; only what it had put aside for want of cache goes on under the new ones."""
     timeout: float = Field(600.0, gt=0)
     """Seconds one publication to all engines may take."""
     probe_tolerance: float | None = Field(None, gt=0)

@@ -29,10 +29,12 @@ class Engine:
     def __init__(self, answers: dict[tuple[int, ...], list[Completion]]) -> None:
         self.answers = answers
         self.asked: list[tuple[tuple[int, ...], int, int]] = []
+        self.priorities: set[int] = set()
         self.turn = {prefix: itertools.cycle(answers) for prefix, answers in answers.items()}
 
     async def generate(self, token_ids, *, n, max_tokens, temperature=None, priority=0):
         self.asked.append((tuple(token_ids), n, max_tokens))
+        self.priorities.add(priority)
         return tuple(next(self.turn[tuple(token_ids)]) for _ in range(n))
 
 
@@ -90,6 +92,16 @@ def test_fixed_values_wait_for_no_other_completion_of_the_group():
             return await super().generate(token_ids, n=n, max_tokens=max_tokens)
 
     assert len(collect(vineppo(), OneIsSlow()).trajectories) == 2
+
+
+def test_all_that_is_sampled_for_a_prompt_goes_by_its_position():
+    engine = Engine({PROMPT: [completion(RIGHT)], (*PROMPT, 1, 3): [completion((4, 2, END))]})
+    config = vineppo()
+    rollout = Rollout(config, engine, InPlaceScorer(config.reward), Codec())
+    asyncio.run(rollout.collect(prompt(position=7, token_ids=PROMPT)))
+    assert engine.priorities == {7}
+    asyncio.run(rollout.evaluate(prompt(position=-1, token_ids=PROMPT), samples=1, temperature=1.0))
+    assert engine.priorities == {7, -1}
 
 
 ADAPTIVE = {"kind": "adaptive", "pooling": "passing"}

@@ -1,6 +1,7 @@
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,9 +10,10 @@ from ray_rl.embedded import policy_path
 from ray_rl.tokenizer import load_tokenizer
 
 
-def test_an_endless_policy_differs_in_its_end_of_sequence_alone(tmp_path):
+def test_an_endless_policy_differs_in_its_end_of_sequence_alone(tmp_path, monkeypatch):
     folder = tmp_path / "endless"
-    make_endless(policy_path(), folder, "<unk>")
+    monkeypatch.chdir(policy_path().parent)
+    make_endless(Path(policy_path().name), folder, "<unk>")
     policy, endless = load_tokenizer(str(policy_path())), load_tokenizer(str(folder))
     assert policy.tokenizer.convert_ids_to_tokens(policy.eos_token_ids()) == ["<eos>"]
     assert endless.tokenizer.convert_ids_to_tokens(endless.eos_token_ids()) == ["<unk>"]
@@ -31,4 +33,6 @@ def test_without_trl_one_line_says_how_to_get_it():
         [sys.executable, "-m", "benchmarks", "versus-trl"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "error: TRL is not installed; pip install trl==1.16.0 (the extra `trl`)"
+    assert done.stderr.splitlines()[-1] == (
+        "error: versus-trl needs trl==1.16.0, which is not installed: pip install trl==1.16.0"
+    )

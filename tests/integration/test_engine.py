@@ -100,6 +100,24 @@ def test_a_healthy_engine_says_so(tiny: RunningEngine) -> None:
     tiny.run(tiny.engine.check_health())
 
 
+def test_where_not_all_fit_the_smallest_priorities_go_first(tmp_path: Path) -> None:
+    with running_engine(tmp_path, seed=0, tied=True, max_sequences=1) as tiny:
+        ended: list[int] = []
+
+        async def one(priority: int) -> None:
+            await tiny.engine.generate(PROMPT, n=1, max_tokens=20, priority=priority)
+            ended.append(priority)
+
+        async def all_of() -> None:
+            first = asyncio.ensure_future(one(5))
+            await asyncio.sleep(0.05)
+            await asyncio.gather(first, *(one(priority) for priority in (3, 4, 1, 2)))
+
+        tiny.run(all_of())
+        # The first one runs alone, unless the others came before it was taken up.
+        assert ended in ([5, 1, 2, 3, 4], [1, 2, 3, 4, 5])
+
+
 def test_a_killed_engine_process_fails_what_waits_for_it_by_name(tmp_path: Path) -> None:
     with running_engine(tmp_path, seed=0, tied=True) as doomed:
 

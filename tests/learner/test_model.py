@@ -8,6 +8,8 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -16,7 +18,7 @@ from transformers import (
 
 import learner.model
 from learner.batches import pack_sequences, packed_batch
-from learner.model import Policy, load_model, model_inputs
+from learner.model import Policy, load_model, model_inputs, sharing_is_exact
 from ray_rl.config.model import ModelConfig
 from ray_rl.types import Microbatch
 from tests.learner.engines import PROMPT, make_samples
@@ -78,6 +80,15 @@ def test_with_shared_prefixes_it_is_exact_too(model_path):
     batch = packed_batch(samples, Microbatch(indices=tuple(range(len(samples)))), CPU, share=True)
     assert batch.sequences.input_ids.shape[1] < 0.7 * sum(len(sample.token_ids) for sample in samples)
     check_exact(samples, batch, model_path, "sdpa", True)
+
+
+def test_a_model_whose_layers_look_at_neighbours_shares_no_prefix(tmp_path):
+    torch.manual_seed(0)
+    convolving = Lfm2ForCausalLM(Lfm2Config(**SHAPE, initializer_range=0.5, layer_types=["conv", "full_attention"]))
+    convolving.save_pretrained(tmp_path / "convolving")
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / "attending")
+    exact = {path.name: sharing_is_exact(load_model(ModelConfig(), path)) for path in tmp_path.iterdir()}
+    assert exact == {"convolving": False, "attending": True}
 
 
 def with_prefixes_in_common():

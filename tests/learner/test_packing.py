@@ -1,4 +1,6 @@
+import math
 from collections import Counter
+from functools import cache
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,18 +96,40 @@ def test_packing_with_shared_prefixes_keeps_every_sample_and_the_limit(rows, ran
     assert all(len(m.indices) <= 1 or shared_size(rows, m.indices) <= tokens for share in shares for m in share)
 
 
-@given(rows_of, st.integers(1, 4), st.integers(12, 60))
-def test_ranks_with_shared_prefixes_differ_by_little(rows, ranks, tokens):
+@given(rows_of, st.integers(1, 3), st.integers(12, 60))
+def test_the_largest_microbatch_is_as_small_as_cuts_of_the_order_allow(rows, ranks, tokens):
     shares = pack_sharing(rows, ranks=ranks, microbatch_tokens=tokens)
-    loads = [sum(shared_size(rows, m.indices) for m in share) for share in shares]
-    assert max(loads) - min(loads) <= tokens
+    largest = max((shared_size(rows, m.indices) for share in shares for m in share), default=0)
+    order, count = sorted(range(len(rows)), key=rows.__getitem__), sum(len(share) for share in shares)
+
+    @cache
+    def best(start, parts):
+        """Size of the largest part when the rest of the order is cut into so many."""
+        if start == len(order) or parts == 0:
+            return 0 if start == len(order) else math.inf
+        ends = range(start + 1, len(order) + 1)
+        return min(max(shared_size(rows, order[start:end]), best(end, parts - 1)) for end in ends)
+
+    assert largest == best(0, count)
+
+
+def test_ranks_share_a_long_common_prefix_evenly():
+    rows = [(0,) * 900 + (i,) * 100 for i in range(1, 41)]
+    shares = pack_sharing(rows, ranks=4, microbatch_tokens=8192)
+    assert [[shared_size(rows, m.indices) for m in share] for share in shares] == [[1900]] * 4
+
+
+def test_attention_lays_no_more_than_four_times_the_tokens_side_by_side():
+    rows = [(1,) * 10] * 100  # ten tokens, if all are one
+    (share,) = pack_sharing(rows, ranks=1, microbatch_tokens=50)
+    assert [len(m.indices) for m in share] == [20] * 5
 
 
 def test_a_group_stays_together_and_costs_its_prompt_once():
     prompts = [(1,) * 50, (2,) * 50]
     rows = [prompts[i % 2] + (3 + i,) * 10 for i in range(8)]
     (share,) = pack_sharing(rows, ranks=1, microbatch_tokens=90)
-    assert [sorted(m.indices) for m in share] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert sorted(sorted(m.indices) for m in share) == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert [shared_size(rows, m.indices) for m in share] == [90, 90]
 
 
