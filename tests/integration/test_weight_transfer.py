@@ -117,7 +117,9 @@ def test_an_engine_that_waits_completes_what_runs_under_the_old_weights(tmp_path
             return await running, later
 
         before, after = tiny.run(push_in_flight())
-        assert [[span.version for span in completion.versions] for completion in before] == [[0]] * 16
+        versions = [[span.version for span in completion.versions] for completion in before]
+        assert [0] in versions
+        assert all(of_completion in ([0], [1]) for of_completion in versions)  # [1]: not taken up before the push
         assert [[span.version for span in completion.versions] for completion in after] == [[1]] * 2
         assert tiny.run(tiny.engine.prove(probe_of(new), TOLERANCE)) < TOLERANCE
 

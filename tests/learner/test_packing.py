@@ -102,13 +102,17 @@ def test_the_largest_microbatch_is_as_small_as_cuts_of_the_order_allow(rows, ran
     largest = max((shared_size(rows, m.indices) for share in shares for m in share), default=0)
     order, count = sorted(range(len(rows)), key=rows.__getitem__), sum(len(share) for share in shares)
 
+    def size(part):
+        places = len(part) * max(len(rows[i]) for i in part)
+        return shared_size(rows, part) if len(part) == 1 or places <= 4 * tokens else math.inf
+
     @cache
     def best(start, parts):
         """Size of the largest part when the rest of the order is cut into so many."""
         if start == len(order) or parts == 0:
             return 0 if start == len(order) else math.inf
         ends = range(start + 1, len(order) + 1)
-        return min(max(shared_size(rows, order[start:end]), best(end, parts - 1)) for end in ends)
+        return min(max(size(order[start:end]), best(end, parts - 1)) for end in ends)
 
     assert largest == best(0, count)
 
