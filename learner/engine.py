@@ -90,7 +90,8 @@ class LearnerEngine:
         self._penalizes = config.learner.kl.coefficient > 0
         if self._penalizes and config.learner.lora is None:
             frozen = load_model(config.model, model_path, trainable=False)
-            self._reference = initialize_reference(Policy(frozen, **heads), config, self.device)
+            home = torch.device("cpu") if config.learner.kl.offload_reference else self.device
+            self._reference = initialize_reference(Policy(frozen, **heads), config, home)
 
     def train(self, samples: Sequence[TrainingSample], step: int) -> dict[str, float]:
         """One training step: every epoch and minibatch of the batch.
@@ -219,10 +220,16 @@ class LearnerEngine:
         return table
 
     def _reference_table(self, samples: Sequence[TrainingSample]) -> TokenTable:
-        if self._reference is not None:
+        if self._reference is None:
+            with without_adapters(self.model):
+                return self._table(self.deepspeed, samples)
+        if not self.config.learner.kl.offload_reference:
             return self._table(self._reference, samples)
-        with without_adapters(self.model):
-            return self._table(self.deepspeed, samples)
+        self._reference.to(self.device)
+        try:
+            return self._table(self._reference, samples)
+        finally:
+            self._reference.to("cpu")
 
     def _forward(self, model: Callable[..., tuple[Tensor, Tensor]], batch: PackedBatch) -> tuple[Tensor, Tensor]:
         return model(batch.sequences, batch.predicting, batch.targets, self.config.rollout.temperature)

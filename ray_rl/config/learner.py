@@ -57,12 +57,20 @@ class KlConfig(Section):
     """Training steps after which the reference becomes the policy of that moment (iterative GRPO, arXiv 2402.03300). Unset:
     it stays the initial policy."""
 
+    offload_reference: bool = False
+    """The reference stays in the host's memory and visits the GPU once a step, for its log-probabilities. Without GPUs it is
+    there anyway."""
+
     @model_validator(mode="after")
     def _has_a_reference(self) -> "KlConfig":
-        if self.refresh_every is not None and self.coefficient == 0:
-            raise ValueError(
-                "refresh_every: without a coefficient there is no reference; set coefficient, or leave it out"
-            )
+        for name, wanted in {
+            "refresh_every": self.refresh_every is not None,
+            "offload_reference": self.offload_reference,
+        }.items():
+            if wanted and self.coefficient == 0:
+                raise ValueError(
+                    f"{name}: without a coefficient there is no reference; set coefficient, or leave it out"
+                )
         return self
 
 

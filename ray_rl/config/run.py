@@ -186,6 +186,13 @@ class RunConfig(Section):
                 f"rollout.gpus_per_actor: {rollout.gpus_per_actor:g}, of which an engine uses rollout.tensor_parallel = "
                 f"{rollout.tensor_parallel}; raise the latter, or lower the first and raise rollout.actors"
             )
+        if learner.kl.offload_reference and (learner.lora is not None or learner.zero_stage == 3):
+            where = (
+                "learner.lora the reference is the policy itself"
+                if learner.lora
+                else "ZeRO-3 it is sharded over the GPUs"
+            )
+            yield f"learner.kl.offload_reference: with {where}; leave it out"
         if learner.lora is not None and learner.kl.refresh_every is not None:
             yield (
                 "learner.kl.refresh_every: with learner.lora the reference is the policy without its adapters, which never "

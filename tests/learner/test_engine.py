@@ -181,6 +181,14 @@ def test_the_reference_becomes_the_policy_every_so_many_steps(model_path, tmp_pa
     assert make_engine(model_path, "learner.kl.coefficient=0.1").reference_parameters() is None
 
 
+def test_a_reference_that_stays_with_the_host_gives_the_same_update(model_path):
+    overrides = ("learner.kl.coefficient=0.1", "learner.minibatch_size=4")
+    engines = [make_engine(model_path, *overrides, *more) for more in ((), ("learner.kl.offload_reference=true",))]
+    for engine in engines:
+        engine.train(make_samples(), 0)
+    assert largest_difference(*map(weights, engines)) == 0.0
+
+
 def test_a_minibatch_beyond_the_mean_ratio_is_skipped(model_path):
     overrides = ("learner.epochs=4", "learner.optimizer.lr=0.05", "learner.loss.max_mean_ratio=1.0001")
     engine = make_engine(model_path, *overrides)

@@ -178,6 +178,14 @@ FAULTS = {
     "GPUs of a rank": (["learner.gpus_per_rank=2"], "learner.gpus_per_rank: 2, but a rank computes on one GPU"),
     "shared GPU": (["learner.gpus_per_rank=0.5", "learner.ranks=2"], "learner.gpus_per_rank: 0.5, but a rank"),
     "float16 on CPU": (["model.dtype=float16"], "model.dtype: float16, which DeepSpeed trains on GPUs only"),
+    "offloaded reference, none": (
+        ["learner.kl.offload_reference=true"],
+        "learner.kl: offload_reference: without a coefficient there is no reference",
+    ),
+    "offloaded reference, sharded": (
+        ["learner.kl={coefficient: 0.1, offload_reference: true}", "learner.zero_stage=3"],
+        "learner.kl.offload_reference: with ZeRO-3 it is sharded over the GPUs; leave it out",
+    ),
     "shared prefixes": (
         ["model.attention=eager", "learner.share_prefixes=true"],
         "learner.share_prefixes: model.attention=eager knows no shared prefixes",
