@@ -183,6 +183,7 @@ class _Bare:
 
     def shutdown(self) -> None:
         self._llm.shutdown()
+        del self._llm  # collected as late as the interpreter's end it would complain
 
     async def _one(self, request: Request) -> int:
         token_ids, most = request
