@@ -153,8 +153,7 @@ class ActorPool:
         Returns:
             `weights/probe_max_abs_diff`; `timing/pause`, the longest that an engine sampled nothing meanwhile; and, since
             the last publication, averaged over engines: `timing/engines_idle`, without any group to work on, and
-            `timing/engines_underfull`, with requests for less than half a batch although
-            more groups may have waited.
+            `timing/engines_underfull`, with requests for less than half a batch although more groups may have waited.
 
         Raises:
             WeightTransferError: a proof failed.

@@ -113,13 +113,7 @@ class Rollout:
 
     async def evaluate(self, prompt: Prompt, *, samples: int, temperature: float) -> tuple[ScoredSample, ...]:
         """Scored answers without values; temperature 0 is greedy. What is unfinished has no final answer."""
-        completions = await self._engine.generate(
-            prompt.token_ids,
-            n=samples,
-            max_tokens=self._config.rollout.max_tokens,
-            temperature=temperature,
-            priority=prompt.position,
-        )
+        completions = await self._sample(prompt, (), samples, temperature)
         rewards = await self._score(prompt, [(completion.token_ids, completion.finished) for completion in completions])
         finished = [self._text(completion.token_ids) for completion in completions if completion.finished]
         answers = iter(await self._scorer.final_answers(finished) if finished else [])
@@ -190,11 +184,17 @@ class Rollout:
         for continuation in await self.continuations(prompt, valuation.tree.states[index], count):
             valuation.add(index, continuation)
 
-    async def _sample(self, prompt: Prompt, prefix: tuple[int, ...], count: int) -> tuple[Completion, ...]:
+    async def _sample(
+        self, prompt: Prompt, prefix: tuple[int, ...], count: int, temperature: float | None = None
+    ) -> tuple[Completion, ...]:
         """Completions of a prompt or of a state's prefix; what belongs to earlier prompts goes first."""
-        left = self._config.rollout.max_tokens - len(prefix)
-        token_ids = (*prompt.token_ids, *prefix)
-        return await self._engine.generate(token_ids, n=count, max_tokens=left, priority=prompt.position)
+        return await self._engine.generate(
+            (*prompt.token_ids, *prefix),
+            n=count,
+            max_tokens=self._config.rollout.max_tokens - len(prefix),
+            temperature=temperature,
+            priority=prompt.position,
+        )
 
     async def _score(self, prompt: Prompt, answers: Sequence[tuple[Sequence[int], bool]]) -> list[Reward]:
         """Rewards of (token ids, finished); the unfinished are not graded."""

@@ -94,13 +94,10 @@ def pack_sharing(rows: Sequence[tuple[int, ...]], *, ranks: int, microbatch_toke
     order = sorted(range(len(rows)), key=rows.__getitem__)
     # Of each row what the one before it does not start with.
     own = {i: len(rows[i]) - common_prefix(rows[before], rows[i]) for before, i in pairwise(order)}
-    count = ranks
-    while len(_cut(rows, order, own, microbatch_tokens, microbatch_tokens)) > count:
-        count += ranks
+    most = -(-len(_cut(rows, order, own, microbatch_tokens, microbatch_tokens)) // ranks)
     sizes = range(1, microbatch_tokens + 1)
-    smallest = bisect_left(sizes, -count, key=lambda size: -len(_cut(rows, order, own, size, microbatch_tokens)))
+    smallest = bisect_left(sizes, -most * ranks, key=lambda size: -len(_cut(rows, order, own, size, microbatch_tokens)))
     parts = sorted(_cut(rows, order, own, sizes[smallest], microbatch_tokens), reverse=True)
-    most = -(-len(parts) // ranks)
     shares: list[list[Microbatch]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
     for size, indices in parts:
