@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.suite import Case, CaseResult, Options, median
+from benchmarks.suite import Case, CaseResult, Options, median, metrics_of_steps
 
 _PHASES = ("timing/rollout", "timing/train", "timing/weight_sync", "timing/step")
 _TOKENS = ("tokens/primary", "tokens/continuations")
@@ -69,9 +68,8 @@ def _steps(recipe: str, variant: Sequence[str]) -> list[dict[str, float]]:
         overrides = [*variant, f"training.steps={_STEPS}", "evaluation.at_start=false", "evaluation.at_end=false"]
         command = [sys.executable, "-m", "ray_rl", "train", recipe, *overrides, "--run-dir", str(run_dir)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=1800)
-        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    trained = [line for line in lines if "timing/step" in line]
-    return [{name: line[name] for name in (*_PHASES, *_TOKENS)} for line in trained[1:]]
+        trained = metrics_of_steps(run_dir)
+    return [{name: step[name] for name in (*_PHASES, *_TOKENS)} for step in trained[1:]]
 
 
 STEP = Case(name="step", about="time of each phase of a step: GRPO, VinePPO, VinePPO with fixed K", run=run)

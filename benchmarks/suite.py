@@ -72,6 +72,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def metrics_of_steps(run: Path) -> list[dict[str, float]]:
+    """What a run's folder holds of each training step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "timing/step" in line]
+
+
 def pyplot_without_screen() -> Any:
     """matplotlib's pyplot, drawing into files."""
     import matplotlib

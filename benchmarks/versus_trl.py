@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.fetch_smollm2 import ensure
-from benchmarks.suite import Case, CaseResult, Options, median
+from benchmarks.suite import Case, CaseResult, Options, median, metrics_of_steps
 from ray_rl.config import load_config
 from ray_rl.launch import model_source
 
@@ -180,8 +180,7 @@ def _ray_rl(overrides: Sequence[str]) -> Run:
         run_dir = Path(folder) / "run"
         command = [sys.executable, "-m", "ray_rl", "train", _RECIPE, *overrides, "--run-dir", str(run_dir)]
         _, peak = _watched(command)
-        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "timing/step" in line]
+        steps = metrics_of_steps(run_dir)
     return Run(
         seconds=[step["timing/step"] for step in steps],
         rewards=[step["reward/mean"] for step in steps],
