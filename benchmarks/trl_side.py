@@ -10,9 +10,12 @@ import os
 import sys
 import tempfile
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray_rl.config import RunConfig, load_config
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig
 
 
 def train(config: RunConfig, output: str) -> dict[str, list[float]]:
@@ -25,13 +28,13 @@ def train(config: RunConfig, output: str) -> dict[str, list[float]]:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     from actors.rewards import make_verifier
     from ray_rl.launch import Prepared, model_source
     from ray_rl.types import ScoringItem
 
-    rollout, learner, optimizer = config.rollout, config.learner, config.learner.optimizer
+    rollout = config.rollout
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     source = model_source(config)
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -65,36 +68,7 @@ def train(config: RunConfig, output: str) -> dict[str, list[float]]:
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
         reward_funcs=score,
-        args=GRPOConfig(
-            output_dir=output,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            seed=config.seed,
-            max_steps=config.training.steps,
-            num_generations=rollout.group_size,
-            max_completion_length=rollout.max_tokens,
-            temperature=rollout.temperature,
-            per_device_train_batch_size=rollout.group_size,
-            gradient_accumulation_steps=config.training.prompts_per_step,
-            learning_rate=optimizer.lr,
-            lr_scheduler_type="constant",
-            adam_beta1=optimizer.betas[0],
-            adam_beta2=optimizer.betas[1],
-            adam_epsilon=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            max_grad_norm=optimizer.grad_clip,
-            loss_type="dapo",
-            epsilon=learner.loss.clip_low,
-            epsilon_high=learner.loss.clip_high,
-            beta=0.0,
-            scale_rewards="group",
-            shuffle_dataset=False,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
+        args=_grpo_config(config, output),
         train_dataset=Dataset.from_list(
             [{"prompt": text, "position": index} for index, text in enumerate(texts)],
         ),
@@ -103,6 +77,43 @@ def train(config: RunConfig, output: str) -> dict[str, list[float]]:
     )
     trainer.train()
     return {"seconds": seconds, "rewards": rewards}
+
+
+def _grpo_config(config: RunConfig, output: str) -> GRPOConfig:
+    """A recipe in TRL's words; a microbatch is a group."""
+    from trl import GRPOConfig
+
+    rollout, learner, optimizer = config.rollout, config.learner, config.learner.optimizer
+    return GRPOConfig(
+        output_dir=output,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        seed=config.seed,
+        max_steps=config.training.steps,
+        num_generations=rollout.group_size,
+        max_completion_length=rollout.max_tokens,
+        temperature=rollout.temperature,
+        per_device_train_batch_size=rollout.group_size,
+        gradient_accumulation_steps=config.training.prompts_per_step,
+        learning_rate=optimizer.lr,
+        lr_scheduler_type="constant",
+        adam_beta1=optimizer.betas[0],
+        adam_beta2=optimizer.betas[1],
+        adam_epsilon=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.grad_clip,
+        loss_type="dapo",
+        epsilon=learner.loss.clip_low,
+        epsilon_high=learner.loss.clip_high,
+        beta=0.0,
+        scale_rewards="group",
+        shuffle_dataset=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
 
 
 if __name__ == "__main__":
