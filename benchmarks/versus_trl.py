@@ -69,6 +69,9 @@ _SETTINGS = (
             # Sampling and training take turns, so that each may have both cores.
             "rollout.cpus_per_actor=2",
             "learner.cpus_per_rank=2",
+            # There is memory for the logits, which TRL keeps too.
+            "learner.recompute_head=false",
+            "learner.microbatch_tokens=2048",
         ),
         model=ensure,
         never="<file_sep>",
