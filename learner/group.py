@@ -19,7 +19,7 @@ from ray_rl.weight_manifest import Probe
 
 _CPU_MEMORY = {
     # glibc would give the memory of each large tensor back to the system and fetch it anew, zeroed page by page, for the next
-    # one: a third of a training step. Kept, it is the peak that every step needs anyway.
+    # one: up to a tenth of a training step. Kept, it is the peak that every step needs anyway.
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "MALLOC_TOP_PAD_": str(64 * 2**20),
