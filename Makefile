@@ -56,7 +56,7 @@ lint: setup
 	$(BIN)/mypy
 
 fast-test: setup
-	$(BIN)/pytest -m "not integration"
+	$(BIN)/pytest -m "not integration and not chaos"
 
 reference: setup
 	$(BIN)/python -m ray_rl.config.reference

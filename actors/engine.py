@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -103,6 +104,7 @@ class Engine:
         temperature: float | None = None,
         top_p: float | None = None,
         priority: int = 0,
+        seeds: Sequence[int] | None = None,
     ) -> tuple[Completion, ...]:
         """Sample n completions of a prefix.
 
@@ -113,9 +115,10 @@ class Engine:
             temperature: None is rollout.temperature; 0 is greedy, with log-probabilities at temperature 1.
             top_p: None is rollout.top_p.
             priority: the smallest go first where not all fit in the engine's batch.
+            seeds: [n] of the completions' random numbers; None: the engine's own, which cost less.
 
         Raises:
-            ValueError: the prefix is empty or leaves no room for a token.
+            ValueError: the prefix is empty or leaves no room for a token, or there are not n seeds.
             EngineDied: the engine's process is gone.
             WeightTransferError: a transfer into this engine failed, so that nobody knows what it would sample from.
             DeadlineExceeded: rollout.group_timeout passed.
@@ -127,15 +130,19 @@ class Engine:
             )
         self._check_trust()
         rollout = self._config.rollout
-        params = sampling_params(
+        params = partial(
+            sampling_params,
             max_tokens=max_tokens,
             temperature=rollout.temperature if temperature is None else temperature,
             top_p=rollout.top_p if top_p is None else top_p,
             stop_token_ids=self._stop_token_ids,
         )
         # n requests and not one with n children, whose answer tells the cache hits of whichever child ended last.
+        of_each = [params()] * n if seeds is None else [params(seed=seed) for seed in seeds]
+        if len(of_each) != n:
+            raise ValueError(f"{len(of_each)} seeds for {n} completions")
         outputs = await self._guarded(
-            asyncio.gather(*(self._request(token_ids, params, priority) for _ in range(n))),
+            asyncio.gather(*(self._request(token_ids, of_one, priority) for of_one in of_each)),
             rollout.group_timeout,
             what=f"{n} completions of up to {max_tokens} tokens",
             sampling=True,
@@ -244,7 +251,7 @@ class Engine:
     async def check_health(self) -> None:
         """Raise EngineDied when the engine's process is gone."""
         with _named_death():
-            await self._llm.check_health()
+            await wait(self._llm.check_health(), self._config.weights.timeout, what="the engine to say how it is")
 
     def shutdown(self) -> None:
         """End the engine's process; requests that wait raise EngineDied. Idempotent."""
@@ -339,5 +346,6 @@ def _named_death() -> Iterator[None]:
 
     try:
         yield
-    except EngineDeadError as error:
-        raise EngineDied("the engine's process is gone") from error
+    except EngineDeadError:
+        # vLLM raises one and the same error in every request, whose traceback so becomes that of all of them, and says nothing.
+        raise EngineDied("the engine's process is gone") from None

@@ -13,15 +13,16 @@ if TYPE_CHECKING:
 
 
 def sampling_params(
-    *, max_tokens: int, temperature: float, top_p: float, stop_token_ids: Sequence[int]
+    *, max_tokens: int, temperature: float, top_p: float, stop_token_ids: Sequence[int], seed: int | None = None
 ) -> SamplingParams:
-    """One sample with the log-probabilities of its tokens; temperature 0 is greedy."""
+    """One sample with the log-probabilities of its tokens; temperature 0 is greedy, seed None draws from the engine's own."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
+        seed=seed,
         stop_token_ids=list(stop_token_ids),
         # Of the sampled token only, in flat lists: a dict per token is what the garbage collector would spend its time on.
         logprobs=0,

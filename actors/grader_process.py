@@ -6,6 +6,7 @@ seconds) never counts against a job's deadline.
 
 This is a plain child with one socket, not a worker of a `concurrent.futures` or `pebble` pool: those share a queue and
 a lock between workers, break for good when an idle worker is killed, and need helper processes that outlive the pool.
+It guards against accidents, not against attacks: a grader that means to can leave its process group.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import pickle
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import traceback
+import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
 
+from actors.grader_channel import Channel, ChannelBroken
 from actors.rewards import Verifier, final_answer_of, make_verifier
+from actors.verdicts import Answer, Failed, pack, shortened, unpack
 from ray_rl.config.reward import MathRewardConfig, PythonRewardConfig, ReasoningGymRewardConfig
 from ray_rl.errors import RunError
 from ray_rl.types import Reward, ScoringItem
@@ -37,8 +41,11 @@ START_TIMEOUT = 60.0
 """Seconds a grader process may take to import its verifier."""
 
 T = TypeVar("T")
-_SHOWN_CHARACTERS = 400
+_END_SECONDS = 10.0
+_GIB = 2**30
 _PR_SET_PDEATHSIG = 1
+_READY = ""
+"""The first answer of a process that has imported its verifier."""
 
 
 class GraderStartError(RunError):
@@ -57,44 +64,54 @@ class GraderProcess:
         self._lock = threading.Lock()
         self._closed = False
         self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
+        self._channel: Channel | None = None
 
     def start(self) -> None:
         """Start the process unless it runs, and wait until it has imported its verifier. Raises GraderStartError."""
-        # An idle process says nothing: if there is something to read, it is the end of the connection.
-        if self._connection is not None and not self._connection.poll(0):
+        # An idle process says nothing: if there is something to read, it is the end of it or an answer to nobody.
+        if self._channel is not None and self._channel.is_silent():
             return
         self._end()
+        until = time.monotonic() + START_TIMEOUT
         try:
-            connection = self._connection = self._spawn()
-            connection.send(self._config)
-            fault = connection.recv() if connection.poll(START_TIMEOUT) else f"silent for {START_TIMEOUT:g} s"
-        except (EOFError, OSError) as error:
-            raise GraderStartError(f"grader did not start: {self._end() or error}") from error
-        if fault is not None:
+            channel = self._channel = self._spawn()
+            channel.send(pickle.dumps(self._config), until)
+            answer = unpack(channel.receive(until))
+        except TimeoutError as error:
             self._end()
-            raise GraderStartError(f"grader did not start: {fault}")
+            raise GraderStartError(f"grader did not start: silent for {START_TIMEOUT:g} s") from error
+        except (ChannelBroken, OSError, ValueError) as error:
+            raise GraderStartError(f"grader did not start: {self._end() or error}") from error
+        if isinstance(answer, Failed):
+            self._end()
+            raise GraderStartError(f"grader did not start: {answer.reason}")
 
-    def ask(self, job: bytes, seconds: float) -> object:
+    def ask(self, job: bytes, seconds: float) -> Reward | str:
         """The answer to a pickled `Job`. Starts the process first where needed, which `seconds` do not count.
 
         Raises:
-            GraderFailed: no answer in time, or the process ended; either way it is gone.
+            GraderFailed: no answer in time, none that can be read, or the process ended (in each case it is gone); or
+                the grader raised something.
             GraderStartError: it did not come up.
         """
         self.start()
-        connection = self._connection
-        assert connection is not None
+        channel, until = self._channel, time.monotonic() + seconds
+        assert channel is not None
         try:
-            connection.send_bytes(job)
-            answer = connection.recv() if connection.poll(seconds) else None
-        except (EOFError, OSError) as error:
-            raise GraderFailed(f"grader process died: {self._end()}") from error
-        if answer is None:
+            channel.send(job, until)
+            answer = unpack(channel.receive(until))
+        except TimeoutError as error:
             self._end()
-            answer = GraderFailed(f"timeout: no verdict after {seconds:g} s")
-        if isinstance(answer, GraderFailed):
-            raise answer
+            raise GraderFailed(f"timeout: no verdict after {seconds:g} s") from error
+        except ChannelBroken as error:
+            raise GraderFailed(f"grader process died: {self._end()}") from error
+        except ValueError as error:
+            self._end()
+            raise GraderFailed(f"unreadable verdict: {error}") from error
+        if isinstance(answer, Failed):
+            if answer.spent:
+                self._end()
+            raise GraderFailed(answer.reason)
         return answer
 
     def close(self) -> None:
@@ -104,7 +121,7 @@ class GraderProcess:
             if self._process is not None:
                 _kill(self._process)
 
-    def _spawn(self) -> Connection:
+    def _spawn(self) -> Channel:
         ours, theirs = socket.socketpair()
         with ours, theirs, self._lock:
             if self._closed:
@@ -119,7 +136,7 @@ class GraderProcess:
                 # A group of its own: what a grader starts is killed with it, and Ctrl-C is the parent's to handle.
                 start_new_session=True,
             )
-            return Connection(ours.detach())
+            return Channel(ours.dup())
 
     def _end(self) -> str:
         """Kill what may be left of the process. Returns how it ended, empty when there was none."""
@@ -127,52 +144,112 @@ class GraderProcess:
             process, self._process = self._process, None
             if process is not None:
                 _kill(process)
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-        if process is None:
-            return ""
-        code = process.returncode
-        return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        return "" if process is None else _how_it_ended(process.returncode)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     if process.returncode is None:  # else its number may be someone else's by now
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the system has not let go of it; it won't run on
+            process.wait(_END_SECONDS)
+
+
+def _how_it_ended(code: int | None) -> str:
+    if code is None:
+        return "cannot be killed"
+    if code == -signal.SIGKILL:
+        return "killed by SIGKILL (by the system when memory is short, or because it had closed its connection)"
+    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
 # --- inside the grader process ---
 
 
 def grader_main(descriptor: int, parent: int) -> None:
-    """The program of a grader process: a config in, None or what is wrong out; then an answer for every job."""
+    """The program of a grader process: a config in, whether it can be served out; then an answer for every job."""
     _die_with_parent(parent)
     os.set_inheritable(descriptor, False)
-    connection = Connection(descriptor)
+    channel = Channel(socket.socket(fileno=descriptor))
+    # A copy of this process that a verifier forks must neither answer nor hold the connection open when we are gone.
+    os.register_at_fork(after_in_child=channel.close)
     try:
-        config = connection.recv()
-        verifier = _guarded(lambda: make_verifier(config))
-        connection.send(str(verifier) if isinstance(verifier, GraderFailed) else None)
-        while not isinstance(verifier, GraderFailed):
-            connection.send(_answer(config, verifier, connection.recv()))
-    except EOFError:
+        config = pickle.loads(channel.receive())
+        verifier = _guarded(lambda: _limited_verifier(config), config)
+        channel.send(pack(verifier if isinstance(verifier, Failed) else _READY))
+        while not isinstance(verifier, Failed):
+            channel.send(pack(_answer(config, verifier, channel.receive(most=sys.maxsize))))
+    except ChannelBroken:
         return  # the parent has closed its end
 
 
-def _answer(config: PooledRewardConfig, verify: Verifier, job: Job) -> Reward | str | GraderFailed:
-    return _guarded(lambda: final_answer_of(config, job) if isinstance(job, str) else verify(job))
+def _limited_verifier(config: PooledRewardConfig) -> Verifier:
+    verifier = make_verifier(config)
+    _limit_memory(config.memory_gib)
+    return verifier
 
 
-def _guarded(work: Callable[[], T]) -> T | GraderFailed:
+def _answer(config: PooledRewardConfig, verify: Verifier, message: bytes) -> Answer:
+    def work() -> Reward | str:
+        job: Job = pickle.loads(message)
+        return final_answer_of(config, job) if isinstance(job, str) else verify(job)
+
+    answer = _guarded(work, config)
+    signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that a verifier forgot would go off in the next one's time
+    return answer
+
+
+def _guarded(work: Callable[[], T], config: PooledRewardConfig) -> T | Failed:
+    ourselves = os.getpid()
     try:
         return work()
+    except MemoryError as error:
+        said = _text(error) or "no room"
+        limit = f"reward.memory_gib is {config.memory_gib:g}"
+        return Failed(reason=f"out of memory: {said} ({limit}; {_place(error)})", spent=True)
     # A user's function and the libraries it calls may raise anything, sys.exit() included; here it becomes a value.
     except BaseException as error:  # noqa: BLE001
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(where.filename).name}, line {where.lineno}"
-        return GraderFailed(f"{type(error).__name__}: {shortened(str(error))} ({place})")
+        return Failed(reason=f"{type(error).__name__}: {_text(error)} ({_place(error)})")
+    finally:
+        if os.getpid() != ourselves:  # a copy that the work has forked, and that has come back to here
+            os._exit(0)
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return shortened(" ".join(str(error).split()))
+    # Its __str__ is a user's too.
+    except BaseException as another:  # noqa: BLE001
+        return f"without a message ({type(another).__name__})"
+
+
+def _place(error: BaseException) -> str:
+    """The line that raised it. Reads no source, as `traceback` would: memory may be short."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{Path(trace.tb_frame.f_code.co_filename).name}, line {trace.tb_lineno}" if trace else "no line"
+
+
+def _limit_memory(gib: float) -> None:
+    """Let allocations fail beyond so much address space, and a crash leave no image of it on the disk.
+
+    Raises:
+        MemoryError: the verifier's imports alone have taken more.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform != "linux":  # elsewhere the system does not keep to it
+        return
+    limit = int(gib * _GIB)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    if taken >= limit:
+        raise MemoryError(f"imports take {taken / _GIB:.1f} GiB of address space")
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    most = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def _die_with_parent(parent: int) -> None:
@@ -185,10 +262,3 @@ def _die_with_parent(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the call
         os._exit(0)
-
-
-def shortened(text: str) -> str:
-    """The text, without its middle when it is long: for logs and reasons."""
-    half = _SHOWN_CHARACTERS // 2
-    cut = len(text) - 2 * half
-    return text if cut <= 0 else f"{text[:half]} [... {cut} characters ...] {text[-half:]}"

@@ -1,238 +1,190 @@
-"""Many rollout actors as one: work goes to the least loaded healthy actor, and leaves one that died.
+"""Many rollout actors as one: work goes to the least loaded, the dead and the hung are replaced, their number may change.
 
 The pool speaks to its actors through `RolloutClient`, so that real and simulated actors run under the same code.
+
+    starting -> waiting for weights -> serving [-> draining] -> ended
+             a publication ^, or what it left where that can still be had; proven in either case
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
+from actors.pool_crew import Crew
+from actors.pool_member import ActorDied, ActorHung, Member, PoolLimits, RolloutClient, WeightsGone, in_a_line
+from actors.pool_publication import Publication, publish_to, take_occupancy
+from actors.pool_queue import WorkQueue
 from ray_rl.deadlines import wait
-from ray_rl.errors import RunError
-from ray_rl.protocols import CollectedGroup, PublishedWeights
+from ray_rl.protocols import ActorStatus, CollectedGroup, MakeWeights, NoActorsLeft, PromptFailed
 from ray_rl.types import Prompt, ScoredSample
-from ray_rl.weight_manifest import Probe
+from ray_rl.weight_manifest import WeightTransferError
+
+__all__ = ["ActorDied", "ActorHung", "ActorPool", "PoolLimits", "RolloutClient", "WeightsGone"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-
-class ActorDied(RunError):
-    """A rollout actor, or its engine's process, is gone; the message says which and what Ray knows."""
-
-
-class NoActorsLeft(RunError):
-    """Every rollout actor died."""
-
-
-class RolloutClient(Protocol):
-    """One rollout actor, as the pool sees it. Each verb raises `ActorDied` when its process is gone."""
-
-    name: str
-
-    async def start(self) -> None:
-        """Wait until the engine is loaded."""
-
-    async def collect(self, prompt: Prompt) -> CollectedGroup:
-        """One group."""
-
-    async def evaluate(self, prompt: Prompt, samples: int, temperature: float) -> tuple[ScoredSample, ...]:
-        """Scored answers."""
-
-    async def receive_weights(self, weights: PublishedWeights) -> float:
-        """Take new weights and go on. Returns the seconds in which the engine sampled nothing."""
-
-    async def prove_weights(self, probe: Probe) -> float:
-        """Largest difference between the engine's log-probabilities and the probe's."""
-
-    async def take_underfull(self) -> float:
-        """Seconds since the last call in which the engine's batch was less than half full although groups may have waited."""
-
-    async def discard_weights(self, version: int) -> None:
-        """Remove what the transfer left on the actor's node."""
-
-    async def shutdown(self) -> None:
-        """End the actor and its engine."""
-
-
-@dataclass(slots=True)
-class _Member:
-    client: RolloutClient
-    in_flight: int = 0
-    healthy: bool = True
-    idle_since: float = field(default_factory=lambda: time.monotonic())
-    """When the last of its groups ended."""
-    idle_seconds: float = 0.0
-    """Without any group, since `take_idle`."""
-
-    def begin(self) -> None:
-        if self.in_flight == 0:
-            self.idle_seconds += time.monotonic() - self.idle_since
-        self.in_flight += 1
-
-    def end(self) -> None:
-        self.in_flight -= 1
-        self.idle_since = time.monotonic()
-
-    def take_idle(self) -> float:
-        """Idle seconds since the last call."""
-        now = time.monotonic()
-        if self.in_flight == 0:
-            self.idle_seconds += now - self.idle_since
-            self.idle_since = now
-        seconds, self.idle_seconds = self.idle_seconds, 0.0
-        return seconds
+_PLACES_PER_GROUP = 4
+"""A place is a quarter of a group, so that a small evaluation request does not count as much as one."""
+_STACKS_SECONDS = 5.0
 
 
 class ActorPool:
-    """Routing by load. Implements `ray_rl.protocols.RolloutPool`."""
+    """Implements `ray_rl.protocols.RolloutPool`."""
 
     def __init__(
         self,
         factory: Callable[[int], RolloutClient],
         size: int,
         *,
-        groups_in_flight: int,
-        start_timeout: float,
-        group_timeout: float,
-        publish_timeout: float,
+        limits: PoolLimits,
+        serves_loaded: bool = False,
+        warn: Callable[[str], None] = logger.warning,
     ) -> None:
-        """Create the actors; `start` waits for them.
+        """Nothing is made yet (`start`).
 
         Args:
-            factory: makes the client of actor i.
-            size: number of actors.
-            groups_in_flight: groups that one actor works on at once.
-            start_timeout: seconds until every engine must be loaded.
-            group_timeout: seconds for one group or evaluation.
-            publish_timeout: seconds for one publication to all actors.
+            factory: makes the client of actor i without waiting for anything. No i comes twice.
+            size: actors that are wanted at first.
+            limits: of work and of time.
+            serves_loaded: whether actors serve with what they have loaded as long as nothing is published, for use without a
+                learner. Else they wait for the first publication.
+            warn: tells people what happened.
         """
-        self._members = [_Member(factory(index)) for index in range(size)]
-        self._groups_in_flight = groups_in_flight
-        self._start_timeout = start_timeout
-        self._group_timeout = group_timeout
-        self._publish_timeout = publish_timeout
+        self._limits = limits
+        self._queue = WorkQueue(_PLACES_PER_GROUP * limits.groups_in_flight)
+        self._crew = Crew(factory, size, self._queue, limits=limits, serves_loaded=serves_loaded, warn=warn)
+        self._died_before = 0
+        """The last publication."""
 
     async def start(self) -> None:
-        """Wait until every actor has loaded its engine.
+        """Wait until every first actor has loaded its engine. When one fails, all are ended.
 
         Raises:
-            DeadlineExceeded: one did not in time.
+            DeadlineExceeded: one did not in time; whatever else kept one from starting comes as what it is.
         """
-        await asyncio.gather(
-            *(
-                wait(member.client.start(), self._start_timeout, what=f"{member.client.name} to load its engine")
-                for member in self._members
-            )
+        await self._crew.start()
+
+    async def shutdown(self) -> None:
+        """End every actor, and the wait of whoever waits for one. Idempotent."""
+        self._queue.refuse("the rollout actors were shut down")
+        await self._crew.shutdown()
+
+    @property
+    def size(self) -> int:
+        """Actors that are wanted."""
+        return self._crew.size
+
+    @property
+    def waits_for_weights(self) -> bool:
+        """Whether an actor that joined can only get weights by another publication."""
+        return any(
+            member.state == "waiting for weights" and not self._crew.reaches(member) for member in self._crew.members
         )
 
     @property
-    def capacity(self) -> int:
-        """Groups that the healthy actors work on at once."""
-        return self._groups_in_flight * sum(member.healthy for member in self._members)
+    def died(self) -> int:
+        """Actors lost since the start."""
+        return self._crew.died
 
-    async def collect(self, prompt: Prompt) -> CollectedGroup:
-        """A group from the least loaded actor; when it dies, from another one."""
-        return await self._route(lambda client: client.collect(prompt), what=f"the group of prompt {prompt.prompt_id}")
-
-    async def evaluate(self, prompt: Prompt, *, samples: int, temperature: float) -> tuple[ScoredSample, ...]:
-        """Scored answers from the least loaded actor; when it dies, from another one."""
-        return await self._route(
-            lambda client: client.evaluate(prompt, samples, temperature),
-            what=f"the answers to evaluation prompt {prompt.problem.problem_id}",
-        )
-
-    async def publish(self, weights: PublishedWeights) -> dict[str, float]:
-        """Bring a version into every healthy engine; the node files are removed whether that succeeds or not.
-
-        Returns:
-            `weights/probe_max_abs_diff`; `timing/pause`, the longest that an engine sampled nothing meanwhile; and, since
-            the last publication, averaged over engines: `timing/engines_idle`, without any group to work on, and
-            `timing/engines_underfull`, with requests for less than half a batch although more groups may have waited.
+    def resize(self, size: int) -> None:
+        """As `RolloutPool.resize`. Those that only start or wait for weights go first, then those with the least to do.
 
         Raises:
-            WeightTransferError: a proof failed.
-            NoActorsLeft: every actor died.
+            ValueError: of less than one actor.
         """
-        try:
-            pauses = await wait(
-                self._of_all(lambda client: client.receive_weights(weights)),
-                self._publish_timeout,
-                what=f"policy version {weights.version} to reach every rollout actor",
-            )
-        finally:
-            await self._discard(weights.version)
-        probe = await weights.probe()
-        differences = await wait(
-            self._of_all(lambda client: client.prove_weights(probe)),
-            self._publish_timeout,
-            what=f"every rollout actor to prove policy version {weights.version}",
+        if size < 1:
+            raise ValueError(f"a pool of {size} actors; at least one is needed")
+        self._crew.resize(size)
+
+    def status(self) -> Sequence[ActorStatus]:
+        """Every actor there is."""
+        return [member.status for member in self._crew.members]
+
+    async def stacks(self) -> dict[str, str]:
+        """What every actor's process is doing, by name."""
+        members = self._crew.members
+        told = await asyncio.gather(
+            *(wait(m.client.stacks(), _STACKS_SECONDS, what=f"{m.name} to tell its stacks") for m in members),
+            return_exceptions=True,
         )
-        underfull = await wait(
-            self._of_all(lambda client: client.take_underfull()),
-            self._publish_timeout,
-            what="every rollout actor to tell how full its engine was",
-        )
-        healthy = self._healthy()
-        if not healthy:
-            raise NoActorsLeft("every rollout actor died; see their logs")
         return {
-            "timing/pause": max(pauses),
-            "timing/engines_idle": sum(member.take_idle() for member in healthy) / len(healthy),
-            "timing/engines_underfull": sum(underfull) / len(underfull),
-            "weights/probe_max_abs_diff": max(differences),
+            member.name: text if isinstance(text, str) else f"no answer: {in_a_line(text)}"
+            for member, text in zip(members, told, strict=True)
         }
 
-    async def shutdown(self) -> None:
-        """End every actor."""
-        await asyncio.gather(*(member.client.shutdown() for member in self._members))
-
-    async def _discard(self, version: int) -> None:
-        await wait(
-            self._of_all(lambda client: client.discard_weights(version)),
-            self._publish_timeout,
-            what=f"the files of policy version {version} to be removed",
+    async def collect(self, prompt: Prompt) -> CollectedGroup:
+        """As `RolloutPool.collect`."""
+        return await self._routed(
+            lambda member: member.collect(prompt, self._limits.group_timeout),
+            _PLACES_PER_GROUP,
+            what=f"prompt {prompt.prompt_id}",
         )
 
-    async def _of_all(self, call: Callable[[RolloutClient], Awaitable[T]]) -> list[T]:
-        """Answers of all healthy actors; those that die meanwhile are left out."""
+    async def evaluate(self, prompt: Prompt, *, samples: int, temperature: float) -> tuple[ScoredSample, ...]:
+        """As `RolloutPool.evaluate`."""
+        what = f"evaluation prompt {prompt.problem.problem_id}"
+        return await self._routed(
+            lambda member: member.call(
+                lambda client: client.evaluate(prompt, samples, temperature),
+                self._limits.group_timeout,
+                what=f"the answers to {what} from {member.name}",
+            ),
+            min(samples, self._queue.places),
+            what=what,
+        )
 
-        async def one(member: _Member) -> list[T]:
+    async def publish(self, make: MakeWeights) -> dict[str, float]:
+        """As `RolloutPool.publish`. Work in flight goes on. What `make` raises leaves the actors what they have.
+
+        Returns:
+            `weights/probe_max_abs_diff`; `timing/pause`, the longest that an engine sampled nothing meanwhile; `pool/actors`
+            that serve and `pool/died`, since the last publication; and what `take_occupancy` tells.
+        """
+        async with self._crew.publishing():
+            publication = await self._until_proven(make)
+            self._crew.take_in(publication)
+        occupancy = await take_occupancy(publication.differences, self._limits.publish_timeout)
+        died, self._died_before = self.died - self._died_before, self.died
+        return {
+            **occupancy,
+            "timing/pause": max(publication.pauses[member] for member in publication.differences),
+            "weights/probe_max_abs_diff": max(publication.differences.values()),
+            "pool/actors": float(self._queue.serving),
+            "pool/died": float(died),
+        }
+
+    async def _until_proven(self, make: MakeWeights) -> Publication:
+        """Publish, and once more where everyone died of it; who fails is replaced."""
+        for _ in range(self._limits.max_attempts):
+            publication = await publish_to(await self._crew.loaded(), make, self._limits.publish_timeout)
+            for member, error in publication.failures.items():
+                self._crew.bury(member, error)
+            if publication.differences:
+                return publication
+            for error in publication.failures.values():
+                if not isinstance(error, (ActorDied, WeightsGone)):
+                    raise error
+        raise NoActorsLeft(
+            f"{self._limits.max_attempts} times every rollout actor died of new weights{self._crew.last_ends}"
+        )
+
+    async def _routed(self, ask: Callable[[Member], Awaitable[T]], need: int, *, what: str) -> T:
+        ends: list[str] = []
+        while len(ends) < self._limits.max_attempts:
+            member = await self._queue.take(need, first=bool(ends))
             try:
-                return [await call(member.client)]
-            except ActorDied as death:
-                self._bury(member, death)
-                return []
-
-        answers = await asyncio.gather(*(one(member) for member in self._healthy()))
-        return [answer for of_member in answers for answer in of_member]
-
-    async def _route(self, call: Callable[[RolloutClient], Awaitable[T]], *, what: str) -> T:
-        while True:
-            member = self._least_loaded()
-            member.begin()
-            try:
-                return await wait(call(member.client), self._group_timeout, what=f"{what} from {member.client.name}")
-            except ActorDied as death:
-                self._bury(member, death)
+                if member.state == "ended":
+                    continue  # since it was handed over
+                return await ask(member)
+            except (ActorDied, WeightTransferError) as error:
+                ends.append(f"{member.name}: {in_a_line(error)}")
+                self._crew.bury(member, error)
             finally:
-                member.end()
-
-    def _least_loaded(self) -> _Member:
-        healthy = self._healthy()
-        if not healthy:
-            raise NoActorsLeft("every rollout actor died; see their logs")
-        return min(healthy, key=lambda member: member.in_flight)
-
-    def _healthy(self) -> Sequence[_Member]:
-        return [member for member in self._members if member.healthy]
-
-    def _bury(self, member: _Member, death: ActorDied) -> None:
-        if member.healthy:
-            logger.warning("%s died; its prompts go to the others: %s", member.client.name, death)
-        member.healthy = False
+                self._queue.give(member, need)
+                if member.state == "draining" and member.load == 0:
+                    self._crew.retire(member)
+        raise PromptFailed(f"{what} was in {len(ends)} rollout actors that died or hung: {'; '.join(ends)}")

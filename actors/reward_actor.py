@@ -6,38 +6,35 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
-from actors.grader_process import START_TIMEOUT, PooledRewardConfig
+from actors.grader_process import START_TIMEOUT, GraderStartError, PooledRewardConfig
 from actors.rewards import check_python_function
 from actors.scoring import InPlaceScorer, ProcessPoolScorer, Scorer
+from actors.verdicts import shortened
 from ray_rl.config.reward import ExactRewardConfig, PythonRewardConfig, RewardConfig
 from ray_rl.config.run import RunConfig
-from ray_rl.deadlines import wait
-from ray_rl.errors import RunError
+from ray_rl.deadlines import DeadlineExceeded, wait
 from ray_rl.types import Reward, ScoringItem
 
 MAX_BATCH = 32
 """Most items in one call: several actors share a group, and a lost actor loses little."""
-MAX_RESTARTS = 3
 CONCURRENT_CALLS = 64
 AVOID_AFTER_LOSS = 60.0
 """Seconds for which an actor that was lost gets no work while another one is there."""
 RESTART_POLL = 0.5
 """Seconds between questions whether an actor is back."""
 
+T = TypeVar("T")
+
 _log = logging.getLogger(__name__)
 
 
-class RewardActorsLost(RunError):
-    """A batch found no living reward actor, twice; the message names the actors."""
-
-
-@ray.remote(num_gpus=0, max_restarts=MAX_RESTARTS, max_concurrency=CONCURRENT_CALLS)
+@ray.remote(num_gpus=0, max_restarts=-1, max_concurrency=CONCURRENT_CALLS)
 class RewardActor:
     """A process pool that scores, reachable over Ray. It can be restarted: it has no state but its counters."""
 
@@ -103,73 +100,98 @@ def make_scorer(config: RewardConfig, handles: Sequence[Any], timeout: float | N
     if isinstance(config, ExactRewardConfig):
         return InPlaceScorer(config)
     rounds = math.ceil(MAX_BATCH / config.processes)
-    return RemoteScorer(handles, timeout or START_TIMEOUT + 2 * rounds * config.timeout)
+    return RemoteScorer(handles, timeout or START_TIMEOUT + 2 * rounds * config.timeout, failure=config.failure)
 
 
 class RemoteScorer:
-    """Sends batches to the reward actor on which this scorer has the least work. It can be pickled while idle."""
+    """Sends batches to the reward actor on which this scorer has the least work. It can be pickled while idle.
 
-    def __init__(self, handles: Sequence[Any], timeout: float) -> None:
-        """`timeout`: seconds one batch may take. Raises ValueError without any actor."""
+    What happens to the actors never becomes an error of its callers: a batch whose actor was lost is tried once more, and
+    a batch without an answer consists of failed gradings.
+    """
+
+    def __init__(self, handles: Sequence[Any], timeout: float, *, failure: float = 0.0) -> None:
+        """Of a run's reward actors.
+
+        Args:
+            handles: of the actors.
+            timeout: seconds one batch may take.
+            failure: reward of items whose batch got no answer.
+
+        Raises:
+            ValueError: there is no actor.
+        """
         if not handles:
             raise ValueError("a RemoteScorer needs at least one reward actor")
         self._handles = list(handles)
         self._timeout = timeout
+        self._failure = failure
         self._loads = [0] * len(self._handles)
         self._lost_at: dict[int, float] = {}
 
     async def score(self, items: Sequence[ScoringItem]) -> list[Reward]:
-        """See `Scorer.score`.
-
-        Raises:
-            DeadlineExceeded: a batch took longer than `timeout`; names the actor.
-            RewardActorsLost: an actor died with a batch, and so did the one that got it next.
-        """
-        return await self._in_batches("score", items)
+        """See `Scorer.score`."""
+        return await self._in_batches("score", items, lambda reason: Reward(value=self._failure, failure=reason))
 
     async def final_answers(self, texts: Sequence[str]) -> list[str]:
-        """See `Scorer.final_answers`; raises as `score` does."""
-        return await self._in_batches("final_answers", texts)
+        """See `Scorer.final_answers`."""
+        return await self._in_batches("final_answers", texts, lambda _: "")
 
-    async def _in_batches(self, method: str, subjects: Sequence[Any]) -> list[Any]:
+    async def _in_batches(self, method: str, subjects: Sequence[Any], failed: Callable[[str], T]) -> list[T]:
         size = max(1, min(MAX_BATCH, math.ceil(len(subjects) / len(self._handles))))
         batches = [subjects[start : start + size] for start in range(0, len(subjects), size)]
-        answers = await asyncio.gather(*(self._send(method, batch) for batch in batches))
+        answers = await asyncio.gather(*(self._answers(method, batch, failed) for batch in batches))
         return [answer for batch in answers for answer in batch]
 
+    async def _answers(self, method: str, batch: Sequence[Any], failed: Callable[[str], T]) -> list[T]:
+        try:
+            return await self._send(method, batch)
+        except _Unanswered as reason:
+            _log.warning("%s of %d items failed: %s", method, len(batch), reason)
+            return [failed(str(reason))] * len(batch)
+
     async def _send(self, method: str, batch: Sequence[Any]) -> list[Any]:
+        """Raises _Unanswered: not in the time it may take, or not by the two actors that it may cost."""
         first = self._least_loaded()
         try:
             return await self._ask(first, method, batch)
-        except RayActorError as error:
-            _log.warning("reward actor %d was lost with a batch of %d; trying once more: %s", first, len(batch), error)
-            self._lost_at[first] = time.monotonic()
+        except _Lost as error:
+            lost = error
+            _log.warning("%s was lost with a batch of %d; trying once more: %s", _name(first), len(batch), lost)
         second = self._least_loaded()
         try:
-            await wait(self._until_back(second), self._timeout, what=f"reward actor {second} to be restarted")
+            await self._call(second, self._until_back(second), f"{_name(second)} to be restarted")
             return await self._ask(second, method, batch)
-        except RayActorError as error:
-            self._lost_at[second] = time.monotonic()
-            raise RewardActorsLost(
-                f"reward actor {first} died with a batch of {len(batch)}, then reward actor {second}: {error}"
-            ) from error
+        except _Lost as error:
+            reason = f"reward actor lost: {_name(first)} with a batch of {len(batch)} ({lost}), then {_name(second)} ({error})"
+            raise _Unanswered(reason) from error
 
     async def _ask(self, index: int, method: str, batch: Sequence[Any]) -> list[Any]:
         self._loads[index] += len(batch)
         try:
-            call = getattr(self._handles[index], method).remote(batch)
-            what = f"{method} of {len(batch)} items by reward actor {index}"
-            answers: list[Any] = await wait(call, self._timeout, what=what)
-            return answers
+            answers = getattr(self._handles[index], method).remote(batch)
+            return await self._call(index, answers, f"{method} of {len(batch)} items by {_name(index)}")
         finally:
             self._loads[index] -= len(batch)
+
+    async def _call(self, index: int, answer: Awaitable[T], what: str) -> T:
+        """Wait for an actor. Raises _Lost when it is gone or can't bring its graders up, _Unanswered when it is late."""
+        try:
+            return await wait(answer, self._timeout, what=what)
+        except (RayError, DeadlineExceeded, GraderStartError) as error:
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            if isinstance(error, RayTaskError) and not isinstance(cause, DeadlineExceeded | GraderStartError):
+                raise  # a fault of this program, not something that happened to the actor
+            self._lost_at[index] = time.monotonic()
+            said = shortened(" ".join(str(cause).split()))
+            late = isinstance(cause, DeadlineExceeded)
+            raise (_Unanswered(f"reward actor late: {said}") if late else _Lost(said)) from error
 
     async def _until_back(self, index: int) -> None:
         """Ray refuses calls to an actor while it restarts it. Raises ActorDiedError when it won't come back."""
         while True:
             try:
-                await self._handles[index].start.remote()
-                return
+                return await wait(self._handles[index].start.remote(), self._timeout, what=f"{_name(index)} to start")
             except ActorUnavailableError:
                 await asyncio.sleep(RESTART_POLL)
 
@@ -181,3 +203,15 @@ class RemoteScorer:
         if not trusted:
             return min(everyone, key=lambda index: self._lost_at[index])
         return min(trusted, key=lambda index: self._loads[index])
+
+
+class _Unanswered(Exception):
+    """A batch got no answers; the message is the reason that the record keeps."""
+
+
+class _Lost(_Unanswered):
+    """Nor will it get any from this actor; another one may be asked."""
+
+
+def _name(index: int) -> str:
+    return f"reward actor {index}"

@@ -12,14 +12,16 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from actors.verdicts import shortened
 from ray_rl.config.reward import (
     ExactRewardConfig,
     MathRewardConfig,
@@ -63,7 +65,7 @@ def make_verifier(config: RewardConfig) -> Verifier:
         try:
             return verdict(item)
         except GradingFailed as failure:
-            return Reward(value=config.failure, failure=str(failure))
+            return Reward(value=config.failure, failure=shortened(str(failure)))
 
     return verify
 
@@ -196,7 +198,10 @@ def check_python_function(function: str) -> None:
     path, name = _located(function)
     try:
         module = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    except (SyntaxError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise RewardFunctionError(f"reward.function: {path} cannot be read: {error.strerror}") from error
+    # Null bytes are a ValueError, as what is no UTF-8 is; what is nested too deeply exhausts the parser.
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise RewardFunctionError(f"reward.function: {path} is not Python: {error}") from error
     definitions = [node for node in module.body if name in _bound_names(node)]
     if not definitions:
@@ -214,10 +219,9 @@ def check_python_function(function: str) -> None:
 def _located(function: str) -> tuple[Path, str]:
     """File and name. Relative to the working directory or, on another node, to wherever the job's code was unpacked."""
     file, _, name = function.rpartition(":")
-    candidates = [Path(file).expanduser(), *(Path(folder) / file for folder in sys.path)]
-    for path in candidates:
-        if path.is_file():
-            return path.resolve(), name
+    for path in (os.path.expanduser(file), *(os.path.join(folder, file) for folder in sys.path)):
+        if os.path.isfile(path):  # False also where a path is none
+            return Path(path).resolve(), name
     raise RewardFunctionError(f"reward.function: no file {file} in {Path.cwd()} nor on the import path")
 
 
@@ -273,17 +277,36 @@ def _as_reward(result: object) -> Reward:
         return Reward(value=_finite(result, "the function's result"))
     if not result:
         raise GradingFailed("not a reward: the function returned an empty dict")
-    parts = {str(name): _finite(value, f"part {name!r}") for name, value in result.items()}
+    parts = {str(name): _finite(value, f"part {str(name)!r}") for name, value in result.items()}
     value = parts.pop("reward", None)
-    return Reward(value=math.fsum(parts.values()) if value is None else value, parts=parts)
+    return Reward(value=_sum(parts.values()) if value is None else value, parts=parts)
+
+
+def _sum(values: Iterable[float]) -> float:
+    try:
+        return math.fsum(values)
+    except OverflowError:
+        raise GradingFailed("not a finite number: the sum of the parts is too large") from None
 
 
 def _finite(value: object, what: str) -> float:
+    """A plain float. Numbers of numpy count as such, its arrays and tensors of torch do not: they may hold many."""
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        value = bool(value)
     if not isinstance(value, Real):
-        raise GradingFailed(f"not a number: {what} is of type {type(value).__name__}")
-    if not math.isfinite(value):
-        raise GradingFailed(f"not a finite number: {what} is {float(value)}")
-    return float(value)
+        raise GradingFailed(f"not a number: {what} is of type {_type_name(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise GradingFailed(f"not a finite number: {what} is too large") from None
+    if not math.isfinite(number):
+        raise GradingFailed(f"not a finite number: {what} is {number}")
+    return number
+
+
+def _type_name(value: object) -> str:
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 _VERIFIERS: dict[str, Callable[[Any], Verifier]] = {

@@ -12,8 +12,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
+from actors.sampling import PromptSampling, Sampler
 from actors.scoring import Scorer
 from actors.segmentation import segment
 from actors.state_tree import ROOT, State
@@ -34,15 +34,6 @@ from ray_rl.types import (
     Trajectory,
     TrajectoryGroup,
 )
-
-
-class Sampler(Protocol):
-    """What a rollout needs of an engine."""
-
-    async def generate(
-        self, token_ids: Sequence[int], *, n: int, max_tokens: int, temperature: float | None = None, priority: int = 0
-    ) -> tuple[Completion, ...]:
-        """n completions of a prefix; temperature None is the configured one, 0 is greedy; small priorities go first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +58,9 @@ class Rollout:
     async def collect(self, prompt: Prompt) -> TrajectoryGroup:
         """Sample and score a group; when the advantage needs state values, continue from its states and value them."""
         started = time.monotonic()
-        rollout = self._config.rollout
+        rollout, sampling = self._config.rollout, self._sampling(prompt)
         if isinstance(self._config.values, NoValues):
-            completions = await self._sample(prompt, (), rollout.group_size)
+            completions = await sampling.sample((), rollout.group_size)
             rewards = await self._score(
                 prompt, [(completion.token_ids, completion.finished) for completion in completions]
             )
@@ -79,15 +70,20 @@ class Rollout:
             ]
             return _group(prompt, trajectories, None, started=started, block=rollout.block_size)
 
+        # States are numbered as completions come, and estimators go by the numbers: here in the same order each time.
+        together = await sampling.sample((), rollout.group_size) if self._config.deterministic else ()
+
         async def sample(index: int) -> Completion:
-            (completion,) = await self._sample(prompt, (), 1)
+            if together:
+                return together[index]
+            (completion,) = await sampling.sample((), 1)
             return completion
 
         async def grade(index: int, completion: Completion) -> Reward:
             (reward,) = await self._score(prompt, [(completion.token_ids, completion.finished)])
             return reward
 
-        return await self._valued(prompt, rollout.group_size, sample, grade, started)
+        return await self._valued(sampling, rollout.group_size, sample, grade, started)
 
     async def values_of(
         self, prompt: Prompt, completions: Sequence[Completion], rewards: Sequence[Reward]
@@ -100,12 +96,16 @@ class Rollout:
         async def grade(index: int, completion: Completion) -> Reward:
             return rewards[index]
 
-        return await self._valued(prompt, len(completions), sample, grade, time.monotonic())
+        return await self._valued(self._sampling(prompt), len(completions), sample, grade, time.monotonic())
 
     async def continuations(self, prompt: Prompt, state: State, count: int) -> list[Continuation]:
         """Scored continuations of one state; they may use the tokens that its prefix has left."""
-        completions = await self._sample(prompt, state.prefix, count)
-        rewards = await self._score(prompt, [((*state.prefix, *c.token_ids), c.finished) for c in completions])
+        return await self._continuations(self._sampling(prompt), state, count)
+
+    async def _continuations(self, sampling: PromptSampling, state: State, count: int) -> list[Continuation]:
+        completions = await sampling.sample(state.prefix, count)
+        answers = [((*state.prefix, *c.token_ids), c.finished) for c in completions]
+        rewards = await self._score(sampling.prompt, answers)
         return [
             Continuation(trajectory=state.trajectory, boundary=state.boundary, completion=completion, reward=reward)
             for completion, reward in zip(completions, rewards, strict=True)
@@ -113,7 +113,7 @@ class Rollout:
 
     async def evaluate(self, prompt: Prompt, *, samples: int, temperature: float) -> tuple[ScoredSample, ...]:
         """Scored answers without values; temperature 0 is greedy. What is unfinished has no final answer."""
-        completions = await self._sample(prompt, (), samples, temperature)
+        completions = await self._sampling(prompt).sample((), samples, temperature)
         rewards = await self._score(prompt, [(completion.token_ids, completion.finished) for completion in completions])
         finished = [self._text(completion.token_ids) for completion in completions if completion.finished]
         answers = iter(await self._scorer.final_answers(finished) if finished else [])
@@ -129,7 +129,7 @@ class Rollout:
 
     async def _valued(
         self,
-        prompt: Prompt,
+        sampling: PromptSampling,
         count: int,
         sample: Callable[[int], Awaitable[Completion]],
         grade: Callable[[int, Completion], Awaitable[Reward]],
@@ -149,12 +149,12 @@ class Rollout:
             text, starts = self._codec.decode_with_offsets(completion.token_ids)
             cuts = segment(self._config.segmentation, text, starts, completion.behavior_logprobs)
             for state in valuation.tree.add(index, completion.token_ids, completion.behavior_logprobs, cuts):
-                self._start(tasks, prompt, valuation, state, valuation.at_once)
+                self._start(tasks, sampling, valuation, state, valuation.at_once)
             reward = await grade(index, completion)
             drafts[index] = _Draft(completion=completion, text=text, boundaries=cuts, reward=reward)
 
         async with _plain_errors(), asyncio.TaskGroup() as tasks:
-            self._start(tasks, prompt, valuation, ROOT, valuation.at_once)
+            self._start(tasks, sampling, valuation, ROOT, valuation.at_once)
             for index in range(count):
                 tasks.create_task(enter(index, tasks))
         done = [draft for draft in drafts if draft is not None]
@@ -163,7 +163,7 @@ class Rollout:
         while asked := valuation.plan():
             async with _plain_errors(), asyncio.TaskGroup() as tasks:
                 for state, count in asked.items():
-                    self._start(tasks, prompt, valuation, state, count)
+                    self._start(tasks, sampling, valuation, state, count)
         trajectories = [
             Trajectory(
                 completion=draft.completion,
@@ -174,27 +174,20 @@ class Rollout:
             )
             for index, draft in enumerate(done)
         ]
-        return _group(prompt, trajectories, valuation, started=started, block=self._config.rollout.block_size)
+        return _group(sampling.prompt, trajectories, valuation, started=started, block=self._config.rollout.block_size)
 
-    def _start(self, tasks: asyncio.TaskGroup, prompt: Prompt, valuation: Valuation, state: int, count: int) -> None:
+    def _start(
+        self, tasks: asyncio.TaskGroup, sampling: PromptSampling, valuation: Valuation, state: int, count: int
+    ) -> None:
         if count:
-            tasks.create_task(self._continue_from(prompt, valuation, state, count))
+            tasks.create_task(self._continue_from(sampling, valuation, state, count))
 
-    async def _continue_from(self, prompt: Prompt, valuation: Valuation, index: int, count: int) -> None:
-        for continuation in await self.continuations(prompt, valuation.tree.states[index], count):
+    async def _continue_from(self, sampling: PromptSampling, valuation: Valuation, index: int, count: int) -> None:
+        for continuation in await self._continuations(sampling, valuation.tree.states[index], count):
             valuation.add(index, continuation)
 
-    async def _sample(
-        self, prompt: Prompt, prefix: tuple[int, ...], count: int, temperature: float | None = None
-    ) -> tuple[Completion, ...]:
-        """Completions of a prompt or of a state's prefix; what belongs to earlier prompts goes first."""
-        return await self._engine.generate(
-            (*prompt.token_ids, *prefix),
-            n=count,
-            max_tokens=self._config.rollout.max_tokens - len(prefix),
-            temperature=temperature,
-            priority=prompt.position,
-        )
+    def _sampling(self, prompt: Prompt) -> PromptSampling:
+        return PromptSampling(self._config, self._engine, prompt)
 
     async def _score(self, prompt: Prompt, answers: Sequence[tuple[Sequence[int], bool]]) -> list[Reward]:
         """Rewards of (token ids, finished); the unfinished are not graded."""

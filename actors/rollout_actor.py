@@ -1,40 +1,36 @@
-"""The @ray.remote shell around an engine and its rollout, and the client through which the pool speaks to it."""
+"""The shell around an engine and its rollout, which becomes a Ray actor in `actors.rollout_client`."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import random
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError
 
-from actors.engine import Engine, EngineDied, NcclVerb
-from actors.engine_args import engine_environment
-from actors.pool import ActorDied
+from actors.engine import Engine, NcclVerb
+from actors.pool_member import WeightsGone
 from actors.reward_actor import make_scorer
 from actors.rollout import Rollout, summarize
 from ray_rl.config import RunConfig
-from ray_rl.deadlines import DeadlineExceeded, wait
-from ray_rl.protocols import CollectedGroup, PublishedWeights
+from ray_rl.deadlines import result, wait
+from ray_rl.stacks import stacks
 from ray_rl.tokenizer import load_tokenizer
 from ray_rl.types import GroupSummary, Prompt, ScoredSample, TrajectoryGroup
 from ray_rl.weight_file import NodeWeightFile
-from ray_rl.weight_manifest import ObjectStorePayload, Probe
+from ray_rl.weight_manifest import ObjectStorePayload, Probe, WeightTransferError
 
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
+STACKS_GROUP = "stacks"
+"""Ray's concurrency group, and so the thread, of `RolloutActor.stacks`."""
 
 _FLOAT32_TOLERANCE = 1e-4
 _HALF_TOLERANCE = 0.25
-_END_SECONDS = 30.0
 
 
 class RolloutActor:
-    """One engine, its rollouts, and the receiving end of weight publications. Becomes an actor in `create_rollout_client`."""
+    """One engine, its rollouts, and the receiving end of weight publications."""
 
     def __init__(
         self, config: RunConfig, model_path: str, run_id: str, seed: int, reward_actors: Sequence[Any]
@@ -46,9 +42,11 @@ class RolloutActor:
         self._codec = load_tokenizer(model_path, trust_remote_code=model.trust_remote_code, revision=model.revision)
         self._scorer = make_scorer(config.reward, reward_actors)
         self._files = NodeWeightFile(run_id)
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def start(self) -> None:
         """Load the engine."""
+        self._loop = asyncio.get_running_loop()
         self._engine = await Engine.start(
             self._config, self._model_path, eos_token_ids=self._codec.eos_token_ids(), seed=self._seed
         )
@@ -73,12 +71,21 @@ class RolloutActor:
 
         Returns:
             Seconds in which the engine sampled nothing.
+
+        Raises:
+            WeightsGone: neither the learner's file nor the objects are there any more.
+            WeightTransferError: what arrived is not what was published.
         """
         if payload is not None:
-            path = await asyncio.to_thread(self._write_file, payload, asyncio.get_running_loop())
+            path = await self._weight_file(payload)
             try:
                 await self._engine.pause()
                 await self._engine.receive_weights(payload.manifest, path)
+            except WeightTransferError:
+                if payload.home != self._files.identity:
+                    # It may be of a version that was undone; whoever tries next writes it anew.
+                    self._files.remove(payload.manifest.version)
+                raise
             finally:
                 await self._engine.resume()
         return self._engine.pause_seconds
@@ -99,9 +106,10 @@ class RolloutActor:
         """As `NodeWeightFile.identity`."""
         return self._files.identity
 
-    def discard_weights(self, version: int) -> None:
-        """Remove the version's file from this node; the engines have what they need."""
-        self._files.discard(version)
+    @ray.method(concurrency_group=STACKS_GROUP)
+    async def stacks(self) -> str:
+        """What this process is doing; answers also while the event loop of all other methods hangs."""
+        return stacks(self._loop)
 
     def shutdown(self) -> None:
         """End the engine and give up the node's files."""
@@ -109,12 +117,21 @@ class RolloutActor:
             engine.shutdown()
         self._files.close()
 
-    def _write_file(self, payload: ObjectStorePayload, loop: asyncio.AbstractEventLoop) -> Path:
-        """Runs in a thread: the engine goes on answering while hundreds of megabytes are written."""
-        timeout = self._config.weights.timeout
-        return self._files.ensure(
-            payload.manifest.version, lambda: _chunks(payload.chunks, loop, timeout), timeout=timeout
-        )
+    async def _weight_file(self, payload: ObjectStorePayload) -> Path:
+        """A version's file on this node: the learner's own, or one that the first who asks writes from the objects."""
+        version, timeout = payload.manifest.version, self._config.weights.timeout
+        path = self._files.path(version)
+        if payload.home == self._files.identity and path.exists():
+            return path
+        if not payload.chunks:
+            raise WeightsGone(f"{path}, which the learner would have written, is not there")
+        chunks = _chunks(payload.chunks, asyncio.get_running_loop(), timeout)
+        # In a thread: the engine goes on answering while hundreds of megabytes are written.
+        write = asyncio.to_thread(self._files.ensure, version, lambda: chunks, timeout=timeout)
+        try:
+            return await wait(write, 2 * timeout, what=f"the file of policy version {version}")
+        except ObjectLostError as error:
+            raise WeightsGone(f"policy version {version} is gone with the process that stored it") from error
 
     def _tolerance(self) -> float:
         configured = self._config.weights.probe_tolerance
@@ -122,104 +139,9 @@ class RolloutActor:
         return default if configured is None else configured
 
 
-class RayRolloutClient:
-    """One `RolloutActor`, as the pool sees it."""
-
-    def __init__(self, handle: Any, name: str) -> None:
-        """Wrap the handle of an actor that may still be starting."""
-        self._handle = handle
-        self.name = name
-
-    @property
-    def handle(self) -> Any:
-        """The Ray actor."""
-        return self._handle
-
-    async def start(self) -> None:
-        """Wait until the engine is loaded."""
-        await _result(self._handle.start.remote())
-
-    async def collect(self, prompt: Prompt) -> CollectedGroup:
-        """One group."""
-        group, summary = self._handle.collect.remote(prompt)
-        return CollectedGroup(prompt=prompt, ref=group, summary=await _result(summary))
-
-    async def evaluate(self, prompt: Prompt, samples: int, temperature: float) -> tuple[ScoredSample, ...]:
-        """Scored answers."""
-        return await _result(self._handle.evaluate.remote(prompt, samples, temperature))
-
-    async def receive_weights(self, weights: PublishedWeights) -> float:
-        """Take new weights; seconds of the engine's pause."""
-        return await _result(self._handle.receive_weights.remote(weights.payload))
-
-    async def prove_weights(self, probe: Probe) -> float:
-        """The probe's largest difference."""
-        return await _result(self._handle.prove_weights.remote(probe))
-
-    async def take_underfull(self) -> float:
-        """Seconds in which the engine's batch was less than half full although groups may have waited."""
-        return await _result(self._handle.take_underfull.remote())
-
-    async def discard_weights(self, version: int) -> None:
-        """Remove what the transfer left on the actor's node."""
-        await _result(self._handle.discard_weights.remote(version))
-
-    async def shutdown(self) -> None:
-        """End the engine, then the actor."""
-        try:
-            await wait(_result(self._handle.shutdown.remote()), _END_SECONDS, what=f"{self.name} to end its engine")
-        except (ActorDied, DeadlineExceeded, RayTaskError) as error:
-            logger.info("%s did not end by itself: %s", self.name, error)
-        finally:
-            ray.kill(self._handle)
-
-
-def create_rollout_client(
-    config: RunConfig,
-    model_path: str,
-    run_id: str,
-    index: int,
-    *,
-    reward_actors: Sequence[Any],
-    step: int = 0,
-    kind: type[RolloutActor] = RolloutActor,
-) -> RayRolloutClient:
-    """Create rollout actor `index` with the resources of its engine.
-
-    Its sampling follows from the run's seed, the index and the step that the run (re)starts after, so that a resumed run
-    draws new numbers.
-    """
-    rollout = config.rollout
-    handle = (
-        ray.remote(kind)
-        .options(
-            num_cpus=rollout.cpus_per_actor,
-            num_gpus=rollout.gpus_per_actor,
-            # Groups, answers to evaluation prompts, and room for what must not wait behind them.
-            max_concurrency=100 + 8 * rollout.most_groups,
-            runtime_env={"env_vars": engine_environment(config)},
-        )
-        .remote(config, model_path, run_id, _engine_seed(config.seed, step, index), reward_actors)
-    )
-    return RayRolloutClient(handle, f"rollout actor {index}")
-
-
-def _engine_seed(seed: int, step: int, index: int) -> int:
-    return random.Random(f"{seed}:{step}:{index}").randrange(2**31)
-
-
-async def _result(ref: Awaitable[T]) -> T:
-    """Await a call to an actor; its own errors come as what they were, its death or its engine's as `ActorDied`."""
-    try:
-        return await ref
-    except EngineDied as error:
-        raise ActorDied(str(error.cause) if isinstance(error, RayTaskError) else str(error)) from error
-    except RayActorError as error:
-        raise ActorDied(str(error).splitlines()[0]) from error
-
-
 def _chunks(refs: Sequence[Any], loop: asyncio.AbstractEventLoop, timeout: float) -> Iterator[memoryview]:
     """The published bytes, one object at a time; only who writes the node's file asks for them."""
     for ref in refs:
-        fetched = asyncio.run_coroutine_threadsafe(wait(ref, timeout, what="a chunk of the new weights"), loop)
-        yield memoryview(fetched.result())
+        what = "a chunk of the new weights"
+        fetched = asyncio.run_coroutine_threadsafe(wait(ref, timeout, what=what), loop)
+        yield memoryview(result(fetched, 2 * timeout, what=what))

@@ -22,12 +22,14 @@ from actors.grader_process import (
     GraderStartError,
     Job,
     PooledRewardConfig,
-    shortened,
 )
 from actors.rewards import final_answer_of, make_verifier
+from actors.verdicts import shortened
 from ray_rl.config.reward import ExactRewardConfig
 from ray_rl.deadlines import wait
 from ray_rl.types import Reward, ScoringItem
+
+_END_SECONDS = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -129,7 +131,7 @@ class ProcessPoolScorer:
         for _ in self._threads:
             self._requests.put(None)
         for thread in self._threads:
-            thread.join()
+            thread.join(_END_SECONDS)
 
     async def _ask_all(self, jobs: Sequence[Job]) -> list[object]:
         """An answer, or the error in place of it, for each job."""

@@ -9,11 +9,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from benchmarks.chaos import CHAOS
 from benchmarks.gradient import GRADIENT
 from benchmarks.learn.case import LEARN
 from benchmarks.learner import LEARNER
 from benchmarks.overlap import OVERLAP
 from benchmarks.rollout import ROLLOUT
+from benchmarks.scale import SCALE
 from benchmarks.step import STEP
 from benchmarks.suite import Case, Options, machine, show, to_json
 from benchmarks.values.case import VALUES
@@ -21,7 +23,8 @@ from benchmarks.versus_trl import VERSUS_TRL
 from benchmarks.weights import WEIGHTS
 
 CASES: dict[str, Case] = {
-    case.name: case for case in (ROLLOUT, LEARNER, WEIGHTS, OVERLAP, STEP, VERSUS_TRL, VALUES, GRADIENT, LEARN)
+    case.name: case
+    for case in (ROLLOUT, LEARNER, WEIGHTS, OVERLAP, SCALE, CHAOS, STEP, VERSUS_TRL, VALUES, GRADIENT, LEARN)
 }
 
 _EPILOG = "Cases: " + "; ".join(f"{case.name} ({case.about})" for case in CASES.values())
@@ -32,6 +35,7 @@ def run(
     json_file: Annotated[Path | None, typer.Option("--json", help="write every number here")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="paired repetitions; medians are reported")] = 5,
     quick: Annotated[bool, typer.Option("--quick", help="a reduced form of each case")] = False,
+    minutes: Annotated[float, typer.Option(min=0.5, help="chaos: for how long components are killed")] = 5.0,
     work: Annotated[Path, typer.Option(help="where pictures go, and what a stopped case goes on from")] = Path(
         "runs/bench"
     ),
@@ -54,7 +58,7 @@ def run(
     work.mkdir(parents=True, exist_ok=True)
     results = {}
     for name in chosen:
-        results[name] = CASES[name].run(Options(repeats=repeats, quick=quick, work=work))
+        results[name] = CASES[name].run(Options(repeats=repeats, quick=quick, minutes=minutes, work=work))
         show(console, CASES[name], results[name])
         if json_file:
             to_json(json_file, results)

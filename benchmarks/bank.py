@@ -51,7 +51,14 @@ class BankReader:
         self._read: defaultdict[tuple[int, ...], int] = defaultdict(int)
 
     async def generate(
-        self, token_ids: Sequence[int], *, n: int, max_tokens: int, temperature: float | None = None, priority: int = 0
+        self,
+        token_ids: Sequence[int],
+        *,
+        n: int,
+        max_tokens: int,
+        temperature: float | None = None,
+        priority: int = 0,
+        seeds: Sequence[int] | None = None,
     ) -> tuple[Completion, ...]:
         """The next n continuations of a prefix, at the configured temperature."""
         if temperature is not None:

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from actors.rollout_actor import RayRolloutClient, create_rollout_client
+from actors.rollout_client import RayRolloutClient, create_rollout_client
 from benchmarks.suite import Case, CaseResult, Options, median
 from ray_rl.config import load_config
 from ray_rl.protocols import CollectedGroup

@@ -29,6 +29,8 @@ class Options:
     """Paired repetitions; medians are reported."""
     quick: bool
     """A reduced form, for a first look."""
+    minutes: float
+    """How long a case goes on that has no end of its own."""
     work: Path
     """Folder for pictures, and for what a case that was stopped goes on from."""
 
@@ -135,7 +137,12 @@ def _cell(value: object) -> str:
 
 
 def _number(value: float | Sequence[float]) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else "[" + ", ".join(f"{number:.3f}" for number in value) + "]"
+    match value:
+        case float():
+            return f"{value:.3f}"
+        case int():
+            return str(value)
+    return "[" + ", ".join(f"{number:.3f}" for number in value) + "]"
 
 
 def _processor() -> str:

@@ -11,7 +11,8 @@ from typing import Any
 
 import ray
 
-from actors.rollout_actor import RayRolloutClient, RolloutActor, create_rollout_client
+from actors.rollout_actor import RolloutActor
+from actors.rollout_client import RayRolloutClient, create_rollout_client
 from benchmarks.fetch_smollm2 import ensure
 from benchmarks.suite import Case, CaseResult, Options, median
 from learner.group import LearnerGroup
@@ -55,7 +56,7 @@ class BareLoadingActor(RolloutActor):
 
     async def hold_weights(self, payload: ObjectStorePayload) -> None:
         """Bring a version's tensors into the worker's memory."""
-        path = await asyncio.to_thread(self._write_file, payload, asyncio.get_running_loop())
+        path = await self._weight_file(payload)
         await self._engine._llm.collective_rpc("hold_weights", args=(payload.manifest.to_dict(), str(path)))
 
     async def bare_load(self) -> float:
@@ -77,11 +78,9 @@ async def _measure(model: Path, actors: int, repeats: int) -> tuple[list[dict[st
         # One after the other: engines that start side by side on few cores may not be ready in time.
         for client in clients:
             await client.start()
-        learner = await LearnerGroup.start(config, str(model))
-        await learner.connect([client.handle for client in clients], run_id)
-        weights = await learner.publish(0)
+        learner = await LearnerGroup.start(config, str(model), run_id, may_grow=False)
+        weights = await learner.publish(0, [client.receiver for client in clients])
         await asyncio.gather(*(client.handle.hold_weights.remote(weights.payload) for client in clients))
-        await _discard(clients, 0)
         measured = [await _publish_and_load(learner, clients, version) for version in range(1, repeats + 2)]
         return measured[1:], weights.payload.manifest.nbytes / 1e6
     finally:
@@ -96,12 +95,11 @@ async def _publish_and_load(
     learner: LearnerGroup, clients: Sequence[RayRolloutClient], version: int
 ) -> dict[str, float]:
     started = time.monotonic()
-    weights = await learner.publish(version)
+    weights = await learner.publish(version, [client.receiver for client in clients])
     published = time.monotonic()
 
     pauses = await asyncio.gather(*(client.receive_weights(weights) for client in clients))
     resumed = time.monotonic()
-    await _discard(clients, version)
     probe = await weights.probe()
     differences = await asyncio.gather(*(client.prove_weights(probe) for client in clients))
     proven = time.monotonic()
@@ -116,12 +114,8 @@ async def _publish_and_load(
     }
 
 
-async def _discard(clients: Sequence[RayRolloutClient], version: int) -> None:
-    await asyncio.gather(*(client.discard_weights(version) for client in clients))
-
-
 def _config(model: Path, actors: int) -> RunConfig:
-    rollout: dict[str, Any] = {"actors": actors, "cpus_per_actor": 1 if actors > 1 else 2, "kv_cache_gib": 0.25}
+    rollout: dict[str, Any] = {"num_actors": actors, "cpus_per_actor": 1 if actors > 1 else 2, "kv_cache_gib": 0.25}
     return resolve_config(
         {
             "model": {"path": str(model), "max_model_len": 256},

@@ -9,116 +9,284 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from ray_rl import deadlines
-from ray_rl.config.learner import LearnerConfig
 from ray_rl.config.run import RunConfig
-from ray_rl.protocols import CollectedGroup, PublishedWeights
+from ray_rl.deadlines import Deadline, DeadlineExceeded, first_of, wait
+from ray_rl.errors import RunError
+from ray_rl.protocols import CollectedGroup, GroupsLost, LearnerDied, PublishedWeights, Receiver
 from ray_rl.types import StepStats
-from ray_rl.weight_manifest import Probe
+from ray_rl.weight_manifest import ObjectStorePayload, Probe
 
+_DEATH_SECONDS = 5.0
+"""How long after one rank's error another rank's death may show, whose consequence it then is."""
+_STACKS_SECONDS = 10.0
+_FETCH_GRACE_SECONDS = 30.0
 _CPU_MEMORY = {
     # glibc would give the memory of each large tensor back to the system and fetch it anew, zeroed page by page, for the next
     # one: up to a tenth of a training step. Kept, it is the peak that every step needs anyway.
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "MALLOC_TOP_PAD_": str(64 * 2**20),
+    # All that holds for glibc's first heap only, and the verbs run in another thread than the main one.
+    "MALLOC_ARENA_MAX": "1",
 }
 """How a rank without a GPU keeps its memory; what the user's shell sets wins."""
 
 
 class LearnerGroup:
-    """Made by `start`; a rank that fails or is late fails the call, after which only `shutdown` makes sense."""
+    """Made by `start`. A verb that failed, but for GroupsLost and NotWritten, leaves only `restart` and `shutdown` to call."""
 
-    def __init__(self, config: LearnerConfig, actors: Sequence[Any]) -> None:
+    def __init__(self, config: RunConfig, model_path: str, run_id: str, *, may_grow: bool) -> None:
+        """As `start`, which also starts the ranks."""
         self._config = config
-        self._actors = list(actors)
+        self._model_path = model_path
+        self._run_id = run_id
+        self._may_grow = may_grow
+        self._ranks: list[Any] = []
+        self._sent_to: list[Any] | None = None
+        self._probe: _KeptProbe | None = None
 
     @classmethod
-    async def start(cls, config: RunConfig, model_path: str) -> LearnerGroup:
+    async def start(cls, config: RunConfig, model_path: str, run_id: str, *, may_grow: bool) -> LearnerGroup:
         """One actor per rank; returns when all have loaded the policy and met.
 
         Args:
             config: the run's.
             model_path: folder (on every node) or Hugging Face name of the initial policy.
+            run_id: under which the run's files lie in each node's memory.
+            may_grow: whether engines may come up on other nodes than the present ones while the run goes on.
 
         Raises:
             DeadlineExceeded: `learner.start_timeout` passed, for instance because the resources are not there.
-            ray.exceptions.RayError: a rank failed.
+            LearnerDied: a rank's process ended.
+            ray.exceptions.RayTaskError: a rank failed.
         """
-        group = cls(config.learner, [_rank_actor(config, model_path, rank) for rank in range(config.learner.ranks)])
-        try:
-            await deadlines.wait(group._meet(), config.learner.start_timeout, what="the learner's ranks to start")
-        except BaseException:
-            group.shutdown()
-            raise
+        group = cls(config, model_path, run_id, may_grow=may_grow)
+        await group.restart()
         return group
 
-    async def _meet(self) -> None:
-        address, port = await self._actors[0].host.remote()
-        await asyncio.gather(*(actor.start.remote(address, port) for actor in self._actors))
-
-    async def connect(self, rollout_actors: Sequence[Any], run_id: str) -> None:
-        """Make the sending end of `weights.kind`, towards the rollout actors of this run."""
-        port = await deadlines.wait(
-            self._actors[0].free_port.remote(), self._config.start_timeout, what="a free port on the learner's node"
-        )
-        what = "the learner to meet the rollout actors"
-        await self._on_all_ranks("connect", list(rollout_actors), run_id, port, what=what)
+    async def restart(self) -> None:
+        """End what is left of the ranks and start new ones, with the initial policy. Raises as `start`."""
+        self.shutdown()
+        learner = self._config.learner
+        self._ranks = [self._new_rank(rank) for rank in range(learner.ranks)]
+        try:
+            await wait(
+                self._meet(),
+                learner.start_timeout,
+                what="the learner's ranks to be placed, to load the policy and to meet",
+                causes=f"no room for {learner.ranks} x {learner.cpus_per_rank:g} CPUs and {learner.gpus_per_rank:g} GPUs "
+                "in the cluster, or a large model; then raise learner.start_timeout",
+            )
+        except BaseException:
+            self.shutdown()
+            raise
 
     async def train(self, step: int, groups: Sequence[CollectedGroup]) -> StepStats:
-        """One training step; every rank fetches the groups and trains on its share."""
+        """One training step; every rank fetches the groups and trains on its share.
+
+        Raises:
+            GroupsLost: some cannot be fetched any more; nothing was trained.
+            LearnerDied: a rank's process is gone, or hangs.
+        """
+        await self._keep_probe()
+        seconds = self._config.learner.step_timeout + _FETCH_GRACE_SECONDS
         refs = [group.ref for group in groups]
-        metrics, *_ = await self._on_all_ranks("train", step, refs, what=f"training step {step}")
+        lost = await self._on_all_ranks("fetch", refs, what=f"the groups of training step {step}", seconds=seconds)
+        if indices := sorted(set().union(*lost)):
+            positions = [groups[index].prompt.position for index in indices]
+            raise GroupsLost(
+                f"gone with the node they lay on: {len(positions)} of the {len(groups)} groups of step {step}, those of the "
+                f"prompts at {', '.join(map(str, positions))}",
+                positions,
+            )
+        metrics, *_ = await self._on_all_ranks("train", step, what=f"training step {step}")
         return StepStats(metrics=metrics)
 
-    async def publish(self, version: int) -> PublishedWeights:
-        """The current policy as a new version."""
-        payload, *_ = await self._on_all_ranks("publish", version, what=f"the publication of version {version}")
-        return PublishedWeights(version=version, payload=payload, probe=self._probe)
+    async def publish(self, version: int, receivers: Sequence[Receiver]) -> PublishedWeights:
+        """The current policy as a new version; under NCCL the receivers run on it afterwards.
 
-    async def _probe(self) -> Probe:
-        probe, *_ = await self._on_all_ranks("probe", what="the learner's log-probabilities of the probe prompt")
-        return probe
+        Raises:
+            NotWritten: the memory of the learner's node is full.
+            LearnerDied: a rank's process is gone, or hangs; or the transfer by NCCL broke off, which leaves the ranks unusable.
+        """
+        payload: ObjectStorePayload | None = None
+        homes: frozenset[str] | None = frozenset()
+        if self._config.weights.kind == "nccl":
+            await self._send(version, [receiver.handle for receiver in receivers])
+        else:
+            what = f"the publication of version {version}"
+            seen = [receiver.home for receiver in receivers]
+            payload, *_ = await self._on_all_ranks("publish", version, seen, self._may_grow, what=what)
+            assert payload is not None
+            homes = None if payload.chunks else frozenset({payload.home})
+        self._probe = _KeptProbe(self)
+        return PublishedWeights(version=version, payload=payload, probe=self._probe.ask, homes=homes)
 
     async def logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probabilities of token_ids[1:] under the current policy at temperature 1; [P - 1] for [P] tokens."""
         logprobs, *_ = await self._on_all_ranks("logprobs", tuple(token_ids), what="the learner's log-probabilities")
         return logprobs
 
+    async def probe(self) -> Probe:
+        """What an engine with the current policy must compute."""
+        probe, *_ = await self._on_all_ranks("probe", what="the learner's log-probabilities of the probe prompt")
+        return probe
+
     async def save(self, folder: Path) -> None:
-        """Everything a resumed run needs of the learner, in a folder that all ranks' nodes share."""
+        """Everything a resumed run needs of the learner, in a folder that all ranks' nodes share.
+
+        Raises:
+            NotWritten: there is no room, or no permission; the learner can go on.
+            LearnerDied: a rank's process is gone, or hangs.
+        """
         await self._on_all_ranks("save", folder, what=f"the checkpoint {folder}")
 
     async def load(self, folder: Path) -> None:
-        """The inverse of `save`, before the first training step."""
+        """The inverse of `save`, before the first training step.
+
+        Raises:
+            CheckpointError: there is none, it cannot be read, or other ranks saved it.
+            LearnerDied: a rank's process is gone, or hangs.
+        """
+        await self._keep_probe()
         await self._on_all_ranks("load", folder, what=f"loading the checkpoint {folder}")
 
     async def export(self, folder: Path) -> None:
-        """The policy in Hugging Face format."""
+        """The policy in Hugging Face format. Raises as `save`."""
         await self._on_all_ranks("export", folder, what=f"the export {folder}")
+
+    async def stacks(self) -> dict[str, str]:
+        """What each rank is doing, also while a verb runs; or why it does not say."""
+
+        async def of(rank: int, actor: Any) -> str:
+            try:
+                return await wait(actor.stacks.remote(), _STACKS_SECONDS, what=f"what rank {rank} is doing")
+            except (DeadlineExceeded, RayError) as error:
+                return _one_line(error) + "\n"
+
+        texts = await asyncio.gather(*(of(rank, actor) for rank, actor in enumerate(self._ranks)))
+        return {f"learner rank {rank}": text for rank, text in enumerate(texts)}
 
     def shutdown(self) -> None:
         """End the ranks' processes; harmless when they are gone."""
-        for actor in self._actors:
+        for actor in self._ranks:
             ray.kill(actor)
-        self._actors.clear()
+        self._ranks.clear()
+        self._sent_to = self._probe = None
 
-    async def _on_all_ranks(self, method: str, *args: object, what: str) -> list[Any]:
-        """Results by rank. The first failure is raised at once: the others may be stuck waiting for the failed rank."""
-        results = asyncio.gather(*(getattr(actor, method).remote(*args) for actor in self._actors))
-        return await deadlines.wait(results, self._config.step_timeout, what=what)
+    async def _meet(self) -> None:
+        seconds = self._config.learner.start_timeout
+        address, port = await self._answer(0, "host", what="the learner's first rank to start", seconds=seconds)
+        await self._on_all_ranks("start", address, port, what="the learner's ranks to start", seconds=seconds)
+
+    async def _send(self, version: int, actors: list[Any]) -> None:
+        """By NCCL, in a group that is formed anew whenever the actors are others."""
+        what, port = f"version {version} to be sent by NCCL", None
+        if actors != self._sent_to:
+            self._sent_to = None
+            port = await self._answer(0, "free_port", what="a free port on the learner's node", seconds=_STACKS_SECONDS)
+        try:
+            await self._on_all_ranks("send", version, actors, port, what=what)
+        except (RunError, RayTaskError) as error:
+            raise LearnerDied(f"the transfer by NCCL broke off, and its group with it: {_one_line(error)}") from error
+        self._sent_to = actors
+
+    async def _keep_probe(self) -> None:
+        """Before the policy changes: engines that join later prove the version that was published last."""
+        if self._probe is not None:
+            await self._probe.ask()
+
+    async def _on_all_ranks(self, verb: str, *args: object, what: str, seconds: float | None = None) -> list[Any]:
+        """Results by rank. The first failure is raised without the others, which may be stuck waiting for the failed rank.
+
+        Args:
+            verb: of LearnerActor.
+            args: of the verb.
+            what: completes the sentence "waited 12 s for ...".
+            seconds: that it may take; unset: `learner.step_timeout`.
+
+        Raises:
+            LearnerDied: a rank's process is gone, or it did not answer in time.
+            RunError: the first that a rank raised.
+            ray.exceptions.RayTaskError: another error of a rank.
+        """
+        if not self._ranks:
+            raise LearnerDied("the learner has no processes: they were ended, or could not be started")
+        seconds = self._config.learner.step_timeout if seconds is None else seconds
+        answers = [
+            asyncio.create_task(self._answer(rank, verb, *args, what=what, seconds=seconds))
+            for rank in range(len(self._ranks))
+        ]
+        try:
+            return await asyncio.gather(*answers)
+        except RayTaskError as error:
+            if death := await _death_behind(answers):
+                raise death from error
+            raise
+        finally:
+            for answer in answers:
+                answer.cancel()
+
+    async def _answer(self, rank: int, verb: str, *args: object, what: str, seconds: float) -> Any:
+        try:
+            call = getattr(self._ranks[rank], verb).remote(*args)
+            return await wait(
+                call, seconds, what=what, causes="learner.step_timeout is too short for it, or it is stuck"
+            )
+        except RayTaskError as error:  # first: Ray makes it an instance of its cause's class as well
+            if isinstance(error.cause, RunError):
+                raise error.cause from error
+            raise
+        except RayActorError as error:
+            raise LearnerDied(f"rank {rank} of the learner died: {_one_line(error)}") from error
+        except DeadlineExceeded as error:
+            raise LearnerDied(f"rank {rank} of the learner hangs: {error}") from error
+
+    def _new_rank(self, rank: int) -> Any:
+        from learner.learner_actor import LearnerActor
+
+        learner = self._config.learner
+        # Ray shows each rank its own GPUs only, so that every rank's device is the first.
+        env_vars = {"RANK": str(rank), "WORLD_SIZE": str(learner.ranks), "LOCAL_RANK": "0"}
+        if learner.gpus_per_rank == 0:
+            env_vars["DS_ACCELERATOR"] = "cpu"
+            env_vars |= {name: os.environ.get(name, value) for name, value in _CPU_MEMORY.items()}
+        return LearnerActor.options(  # type: ignore[attr-defined]
+            num_cpus=learner.cpus_per_rank, num_gpus=learner.gpus_per_rank, runtime_env={"env_vars": env_vars}
+        ).remote(self._config, self._model_path, self._run_id, rank)
 
 
-def _rank_actor(config: RunConfig, model_path: str, rank: int) -> ray.actor.ActorHandle:
-    from learner.learner_actor import LearnerActor
+class _KeptProbe:
+    """The probe of one published version, asked of the ranks once, while they still have that version."""
 
-    learner = config.learner
-    # Ray shows each rank its own GPUs only, so that every rank's device is the first.
-    env_vars = {"RANK": str(rank), "WORLD_SIZE": str(learner.ranks), "LOCAL_RANK": "0"}
-    if learner.gpus_per_rank == 0:
-        env_vars["DS_ACCELERATOR"] = "cpu"
-        env_vars |= {name: os.environ.get(name, value) for name, value in _CPU_MEMORY.items()}
-    return LearnerActor.options(  # type: ignore[attr-defined]
-        num_cpus=learner.cpus_per_rank, num_gpus=learner.gpus_per_rank, runtime_env={"env_vars": env_vars}
-    ).remote(config, model_path, rank)
+    def __init__(self, learner: LearnerGroup) -> None:
+        self._learner = learner
+        self._probe: Probe | None = None
+
+    async def ask(self) -> Probe:
+        """As `PublishedWeights.probe`."""
+        if self._probe is None:
+            self._probe = await self._learner.probe()
+        return self._probe
+
+
+async def _death_behind(answers: Sequence[asyncio.Task[Any]]) -> LearnerDied | None:
+    """The death of a rank, if there was one: its peers fail with "connection closed", often before Ray tells of it."""
+    deadline = Deadline(_DEATH_SECONDS, what="the other ranks")
+    pending = set(answers)
+    while pending:
+        done = {answer for answer in pending if answer.done()} or await first_of(pending, deadline.left)
+        if not done:
+            return None
+        for answer in done:
+            if isinstance(death := answer.exception(), LearnerDied):
+                return death
+        pending -= done
+    return None
+
+
+def _one_line(error: BaseException) -> str:
+    """What an error says, without the details that Ray indents."""
+    return " ".join(" ".join(line for line in str(error).splitlines() if not line.startswith("\t")).split())

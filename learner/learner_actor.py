@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
 import torch
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from learner.checkpoint import export_model, load_checkpoint, save_checkpoint
 from learner.distributed import host_store, join_store
 from learner.engine import LearnerEngine
 from learner.samples import training_samples
 from learner.weight_publisher import ObjectStorePublisher, make_probe
-from ray_rl import deadlines
 from ray_rl.config.run import RunConfig
 from ray_rl.config.weights import ObjectStoreWeights
+from ray_rl.deadlines import Deadline, DeadlineExceeded, get
+from ray_rl.stacks import stacks
 from ray_rl.types import TrajectoryGroup
 from ray_rl.weight_file import NodeWeightFile
 from ray_rl.weight_manifest import ObjectStorePayload, Probe
@@ -25,23 +27,30 @@ from ray_rl.weight_manifest import ObjectStorePayload, Probe
 if TYPE_CHECKING:
     from learner.nccl_publisher import NcclPublisher
 
+_WATCH = "watch"
+"""Verbs that are answered beside the others. Those then share one thread, which is not the process's main thread."""
 
-@ray.remote
+
+@ray.remote(concurrency_groups={_WATCH: 1})
 class LearnerActor:
     """One rank of the learner.
 
     Args:
         config: the run's.
         model_path: folder or Hugging Face name of the initial policy.
+        run_id: under which the run's files lie in each node's memory.
         rank: of this process, in range(config.learner.ranks).
     """
 
-    def __init__(self, config: RunConfig, model_path: str, rank: int) -> None:
+    def __init__(self, config: RunConfig, model_path: str, run_id: str, rank: int) -> None:
         self._config = config
         self._model_path = model_path
+        self._run_id = run_id
         self._rank = rank
         self._store: torch.distributed.Store | None = None
-        self._publisher: ObjectStorePublisher | NcclPublisher
+        self._groups: list[TrajectoryGroup] = []
+        self._stored: ObjectStorePublisher | None = None
+        self._sent: NcclPublisher | None = None
 
     def host(self) -> tuple[str, int]:
         """Open the ranks' meeting point on this node; its address and port."""
@@ -58,59 +67,70 @@ class LearnerActor:
 
     def start(self, address: str, port: int) -> None:
         """Meet the other ranks and load the policy."""
-        ranks = self._config.learner.ranks
+        ranks, weights = self._config.learner.ranks, self._config.weights
         self._address = address
         store = self._store or join_store(address, port, ranks)
         self._engine = LearnerEngine(self._config, self._model_path, self._rank, ranks, store)
+        if isinstance(weights, ObjectStoreWeights):
+            self._stored = ObjectStorePublisher(
+                self._engine, NodeWeightFile(self._run_id), chunk_mib=weights.chunk_mib, timeout=weights.timeout
+            )
 
-    def train(self, step: int, refs: Sequence[ray.ObjectRef]) -> dict[str, float]:
-        """One training step on the groups behind the references, which travel in a list so that Ray leaves them alone.
+    def fetch(self, refs: Sequence[ray.ObjectRef]) -> list[int]:
+        """Get the groups that `train` takes next, behind references which travel in a list so that Ray leaves them alone.
 
         Every rank fetches every group: that keeps whitening, counts and the sharing of the work local computations.
+
+        Returns:
+            Indices of those that are gone, or did not come within `learner.step_timeout`.
         """
-        what = f"the {len(refs)} groups of step {step}"
-        fetched = deadlines.get(list(refs), self._config.learner.step_timeout, what=what)
-        groups = cast(list[TrajectoryGroup], fetched)
-        samples = [sample for group in groups for sample in training_samples(group, self._config)]
+        deadline = Deadline(self._config.learner.step_timeout, what=f"{len(refs)} groups")
+        try:
+            self._groups = cast(list[TrajectoryGroup], _fetched(list(refs), deadline))
+            return []
+        except _GONE:
+            self._groups = []
+        gone = []
+        for index, ref in enumerate(refs):
+            try:
+                self._groups.append(cast(TrajectoryGroup, _fetched(ref, deadline)))
+            except _GONE:
+                gone.append(index)
+        return gone
+
+    def train(self, step: int) -> dict[str, float]:
+        """One training step on the groups of the last `fetch`."""
+        samples = [sample for group in self._groups for sample in training_samples(group, self._config)]
+        self._groups = []
         return self._engine.train(samples, step)
 
-    def connect(self, rollout_actors: Sequence[Any], run_id: str, port: int) -> None:
-        """Make the sending end of `weights.kind`. A collective.
+    def publish(self, version: int, homes: Collection[str], stored: bool) -> ObjectStorePayload | None:
+        """As `ObjectStorePublisher.publish`."""
+        assert self._stored is not None
+        return self._stored.publish(version, homes, stored=stored)
+
+    def send(self, version: int, actors: Sequence[Any], port: int | None) -> None:
+        """The current policy by NCCL into the engines of rollout actors. A collective.
 
         Args:
-            rollout_actors: handles of all rollout actors.
-            run_id: under which the run's files lie in each node's memory.
-            port: free on rank 0's node, for NCCL's rendezvous.
+            version: its label.
+            actors: Ray handles.
+            port: free on rank 0's node, to form a group with these actors; None: they are those of the last call.
         """
-        weights = self._config.weights
-        if isinstance(weights, ObjectStoreWeights):
-            files = NodeWeightFile(run_id)
-            told = [actor.weight_file_identity.remote() for actor in rollout_actors]
-            what = "the rollout actors to say where their files lie"
-            seen = cast(list[str], deadlines.get(told, weights.timeout, what=what))
-            self._publisher = ObjectStorePublisher(
+        if port is not None:
+            from learner.nccl_publisher import NcclPublisher
+
+            self._sent = None  # ends the group there was
+            self._sent = NcclPublisher(
                 self._engine,
-                files,
-                chunk_mib=weights.chunk_mib,
-                timeout=weights.timeout,
-                engines_here=files.identity in seen,
-                engines_elsewhere=any(identity != files.identity for identity in seen),
+                actors,
+                address=self._address,
+                port=port,
+                gpus_per_engine=self._config.rollout.tensor_parallel,
+                timeout=self._config.weights.timeout,
             )
-            return
-        from learner.nccl_publisher import NcclPublisher
-
-        self._publisher = NcclPublisher(
-            self._engine,
-            rollout_actors,
-            address=self._address,
-            port=port,
-            gpus_per_engine=self._config.rollout.tensor_parallel,
-            timeout=weights.timeout,
-        )
-
-    def publish(self, version: int) -> ObjectStorePayload | None:
-        """The current policy as a new version, after `connect`; None on ranks other than 0, and after a transfer by NCCL."""
-        return self._publisher.publish(version)
+        assert self._sent is not None
+        self._sent.publish(version)
 
     def probe(self) -> Probe:
         """What an engine with the current policy must compute."""
@@ -131,3 +151,16 @@ class LearnerActor:
     def export(self, folder: Path) -> None:
         """As `export_model`."""
         export_model(self._engine, self._model_path, folder)
+
+    @ray.method(concurrency_group=_WATCH)
+    def stacks(self) -> str:
+        """What this process is doing, also while another verb runs."""
+        return stacks()
+
+
+_GONE = (ObjectLostError, RayActorError, RayTaskError, DeadlineExceeded)
+"""What getting a group says when nobody has it any more: its node or owner is gone, or who made it failed after all."""
+
+
+def _fetched(refs: object, deadline: Deadline) -> object:
+    return get(refs, deadline.left, what="groups to train on")

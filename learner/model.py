@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from learner.attention import PACKED_SDPA, register
 from learner.batches import PackedSequences, pack_sequences
 from ray_rl.config.model import ModelConfig
+from ray_rl.errors import ConfigError
+from ray_rl.wording import one_line
 
 _CHUNK_FLOATS, _CHUNK_ROWS = 2**23, 512
 """Logits that live at a time: 32 MiB in float32, and a few times that in passing; but rows enough to keep the hardware busy."""
@@ -32,26 +34,44 @@ def load_model(config: ModelConfig, path: str | os.PathLike[str], *, trainable: 
         trainable: False freezes the parameters.
 
     Raises:
-        OSError: no such model.
+        ConfigError: no such model, none that can be loaded as a causal language model, or one that lacks weights.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     register()
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=getattr(torch, config.dtype),
-        attn_implementation=PACKED_SDPA if config.attention == "sdpa" else config.attention,
-        revision=config.revision or "main",
-        trust_remote_code=config.trust_remote_code,
-    )
+    model = _loaded(config, path)
     _disable_dropout(model)
     if not trainable:
         return model.requires_grad_(False).eval()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def _loaded(config: ModelConfig, path: str | os.PathLike[str]) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=PACKED_SDPA if config.attention == "sdpa" else config.attention,
+            revision=config.revision or "main",
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+        )
+    # For a broken file, an unknown kind of model or other shapes than config.json says, transformers raises anything.
+    except Exception as error:
+        raise ConfigError(
+            f"model.path: {path} is not loadable as a causal language model: {one_line(error)}"
+        ) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise ConfigError(
+            f"model.path: {path} lacks {len(missing)} of the model's weights ({missing[0]}, ...), which would be random; "
+            "fetch or export it again"
+        )
+    return model
 
 
 def _disable_dropout(model: nn.Module) -> None:

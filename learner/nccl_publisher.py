@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 from learner.weight_publisher import WeightOwner
-from ray_rl.deadlines import DeadlineExceeded, get
+from ray_rl.deadlines import get, result
 
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import WeightTransferUpdatePayload
@@ -143,8 +143,6 @@ class NcclPublisher:
 
         pool = ThreadPoolExecutor(max_workers=1)
         try:
-            return pool.submit(on_device).result(self._timeout)
-        except TimeoutError as error:
-            raise DeadlineExceeded(f"waited {self._timeout:g} s for {what}, and it did not come") from error
+            return result(pool.submit(on_device), self._timeout, what=what, causes="an engine of the group died or hangs")
         finally:
             pool.shutdown(wait=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ray_rl.deadlines import result
 from ray_rl.weight_file import NodeWeightFile
 from ray_rl.weight_manifest import ObjectStorePayload, Probe, TensorEntry, WeightManifest, digest_bytes
 
@@ -65,8 +66,6 @@ class ObjectStorePublisher:
         *,
         chunk_mib: int,
         timeout: float,
-        engines_here: bool,
-        engines_elsewhere: bool,
         put: Callable[[np.ndarray], Any] = ray_put,
     ) -> None:
         """Publish an engine's parameters.
@@ -75,56 +74,68 @@ class ObjectStorePublisher:
             engine: of this rank.
             files: of the run on this node.
             chunk_mib: size of one object.
-            timeout: seconds to wait for another writer of the file.
-            engines_here: whether a rollout engine sees the files; else each is removed once its objects are stored.
-            engines_elsewhere: whether a rollout engine does not, so that objects are needed.
+            timeout: seconds to wait for another writer of the file, or for one tensor to be copied.
             put: stores a copy of a uint8 array and returns its reference.
         """
         self._engine = engine
         self._files = files
         self._chunk_bytes = chunk_mib * _MIB
         self._timeout = timeout
-        self._engines_here = engines_here
-        self._engines_elsewhere = engines_elsewhere
         self._put = put
         self._mapping: tuple[tuple[int, int], np.ndarray] | None = None
 
-    def publish(self, version: int) -> ObjectStorePayload | None:
+    def publish(self, version: int, homes: Collection[str], *, stored: bool) -> ObjectStorePayload | None:
         """Put the present weights where all engines find them. A collective: every rank calls it.
+
+        Args:
+            version: its label.
+            homes: of the engines that are to have it now (`NodeWeightFile.identity`).
+            stored: whether engines of other nodes may ask for it later, so that objects are needed in any case. Where they are
+                made and no engine is on this node, the file is removed.
 
         Returns:
             On rank 0 what the engines need; None on the others, which only take part in gathering.
+
+        Raises:
+            NotWritten: this node's memory is full.
         """
         if self._engine.rank != 0:
             for _ in self._engine.named_parameters_gathered():
                 pass
             return None
         entries: list[TensorEntry] = []
-        self._files.remove(version)  # what an earlier attempt may have left
-        path = self._files.ensure_filled(version, lambda file: self._write(file, entries), timeout=self._timeout)
-        chunks = self._stored(path) if self._engines_elsewhere else ()
-        if not self._engines_here:
+        path = self._files.write(version, lambda file: self._write(file, entries), timeout=self._timeout)
+        home = self._files.identity
+        chunks = self._stored(path) if stored or any(other != home for other in homes) else ()
+        if chunks and home not in homes:
             self._files.remove(version)
         manifest = WeightManifest(version=version, tensors=tuple(entries))
-        return ObjectStorePayload(manifest=manifest, chunks=chunks)
+        return ObjectStorePayload(manifest=manifest, chunks=chunks, home=home)
 
     def _write(self, descriptor: int, entries: list[TensorEntry]) -> int:
         """Fill a file with all parameters, several at a time; its size."""
         ends = list(accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in self._engine.parameter_bytes()))
         content, threads = self._mapped(descriptor, ends[-1]), max(1, torch.get_num_threads())
         written: list[Future[TensorEntry]] = []
-        with ThreadPoolExecutor(threads) as pool:
+        pool = ThreadPoolExecutor(threads)
+        try:
             for (name, tensor), offset in zip(self._engine.named_parameters_gathered(), [0, *ends], strict=False):
                 if len(written) >= 2 * threads:
-                    written[-2 * threads].result()  # gathered tensors must not pile up
+                    self._entry(written[-2 * threads])  # gathered tensors must not pile up
                 written.append(pool.submit(_write_one, name, tensor, content, offset))
-            entries.extend(future.result() for future in written)
+            entries.extend(self._entry(future) for future in written)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
         return ends[-1]
+
+    def _entry(self, written: Future[TensorEntry]) -> TensorEntry:
+        return result(written, self._timeout, what="a tensor to be copied into shared memory")
 
     def _mapped(self, descriptor: int, size: int) -> np.ndarray:
         """uint8 [size] of a file; the mapping of one that is written over and over is kept, for making it is the slow part."""
         found = os.fstat(descriptor)
         if self._mapping is None or self._mapping[0] != (found.st_dev, found.st_ino) or len(self._mapping[1]) != size:
+            self._mapping = None  # a file that was removed keeps its memory while it is mapped
             # Else a full memory would be told by a signal that nobody survives.
             os.posix_fallocate(descriptor, 0, size)
             content = np.frombuffer(mmap.mmap(descriptor, size), dtype=np.uint8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from ray_rl.config.orchestration import DecidedGroups
@@ -39,6 +39,9 @@ class StalenessBuffer:
     Stale groups, and decided ones under `refill`, give their room back at once, and another prompt is sampled in their
     place. Decided groups under `drop` have taken a place in their batch: nothing replaces them. No dropped prompt is
     sampled again.
+
+    When something dies: `give_back` a batch that was taken in vain, `give_up` a prompt that no actor survives, `undo` what
+    the learner has forgotten.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class StalenessBuffer:
         *,
         decided: DecidedGroups = "keep",
         refill_limit: float = 1.0,
+        on_drop: Callable[[int, str], None] = lambda position, reason: None,
     ) -> None:
         """Make room for `max_staleness + 1` batches of `batch` groups.
 
@@ -58,22 +62,25 @@ class StalenessBuffer:
             total: groups that the run will still take; no more are admitted, but for those that are refilled.
             decided: what becomes of groups whose rewards are all equal.
             refill_limit: with `refill`, most groups sampled for one batch, in batches (stale ones not counted).
+            on_drop: told the prompt's position and the reason (`stale`, `decided`) of every group that is dropped.
         """
         self._batch = batch
         self._max_staleness = max_staleness
         self._limit = batch * (max_staleness + 1)
         self._decided = decided
         self._refills_per_batch = int(refill_limit * batch) - batch if decided == "refill" else 0
+        self._on_drop = on_drop
         self._refills: Counter[int] = Counter()
         self._taken = 0
         self._admitted = 0
         self._wanted = math.inf if total is None else total
+        self._newest = math.inf
         self._groups: list[CollectedGroup] = []
         self._filtered: list[GroupSummary] = []
         self._stale: list[GroupSummary] = []
         self._changed = asyncio.Condition()
         self.dropped: Counter[str] = Counter()
-        self.dropped_positions: set[int] = set()
+        """Reason -> groups, in this sitting."""
 
     @property
     def depth(self) -> int:
@@ -87,26 +94,46 @@ class StalenessBuffer:
             self._admitted += 1
             self._wanted -= 1
 
-    async def put(self, group: CollectedGroup) -> None:
-        """Hand in an admitted group."""
+    def expect(self, version: int) -> None:
+        """From now on no policy newer than `version` has been published: `put` refuses groups that say otherwise."""
+        self._newest = version
+
+    async def put(self, group: CollectedGroup) -> bool:
+        """Hand in an admitted group; False, and its room is free again, where its policy version was undone."""
         async with self._changed:
+            accepted = group.summary.newest_version <= self._newest
             # The batch that it would go into; several may be on their way at once.
             number = self._taken + len(self._groups) // self._batch
-            if group.summary.decided and self._refills[number] < self._refills_per_batch:
+            if not accepted:
+                self._refill(1)
+            elif group.summary.decided and self._refills[number] < self._refills_per_batch:
                 self._refills[number] += 1
                 self._filtered += self._counted("decided", [group])
                 self._refill(1)
             else:
                 self._groups.append(group)
             self._changed.notify_all()
+            return accepted
+
+    async def give_up(self) -> None:
+        """An admitted prompt will never become a group: let another one be sampled in its place."""
+        async with self._changed:
+            self._refill(1)
+            self._changed.notify_all()
 
     async def take(self, version: int) -> Batch:
-        """Wait for a batch whose groups are at most max_staleness versions older than `version`; drop older ones."""
+        """Wait for a batch whose groups are at most max_staleness versions older than `version`; drop older ones.
+
+        The batch is in the order of the stream.
+        """
         async with self._changed:
+            self._drop_stale(version)
             while True:
-                self._drop_stale(version)
+                # What arrives meanwhile may be stale, too; looking only when a batch is full keeps it cheap with many actors.
                 if len(self._groups) >= self._batch:
-                    return self._next_batch()
+                    self._drop_stale(version)
+                    if len(self._groups) >= self._batch:
+                        return self._next_batch()
                 await self._changed.wait()
 
     async def release(self) -> None:
@@ -115,8 +142,38 @@ class StalenessBuffer:
             self._admitted -= self._batch
             self._changed.notify_all()
 
+    async def give_back(self, batch: Batch, lost: Collection[int] = ()) -> None:
+        """The batch taken last was not trained on: its groups go first again, but for those at the positions in `lost`.
+
+        For those, and for what was dropped out of the batch, others are sampled.
+        """
+        async with self._changed:
+            kept = [group for group in batch.groups if group.prompt.position not in lost]
+            self._groups = [*kept, *self._groups]
+            self._filtered = [*batch.filtered, *self._filtered]
+            self._stale = [*batch.stale, *self._stale]
+            self._refill(self._batch - len(kept))
+            self._changed.notify_all()
+
+    async def undo(self, version: int, steps: int) -> tuple[int, ...]:
+        """The policy is `version` again, and the last `steps` training steps will be done once more.
+
+        Returns:
+            Positions of the waiting groups that a later, forgotten version took part in: they are gone from here, and their
+            prompts are to be sampled again.
+        """
+        async with self._changed:
+            self._newest = version
+            undone = [group for group in self._groups if group.summary.newest_version > version]
+            self._groups = [group for group in self._groups if group.summary.newest_version <= version]
+            self._refill(len(undone))
+            self._wanted += steps * self._batch
+            self._changed.notify_all()
+            return tuple(group.prompt.position for group in undone)
+
     def _next_batch(self) -> Batch:
         groups, self._groups = self._groups[: self._batch], self._groups[self._batch :]
+        groups.sort(key=lambda group: group.prompt.position)
         if self._decided == "drop":
             self._filtered += self._counted("decided", [group for group in groups if group.summary.decided])
             groups = [group for group in groups if not group.summary.decided]
@@ -137,7 +194,8 @@ class StalenessBuffer:
     def _counted(self, reason: str, groups: Sequence[CollectedGroup]) -> list[GroupSummary]:
         if groups:
             self.dropped[reason] += len(groups)
-        self.dropped_positions |= {group.prompt.position for group in groups}
+        for group in groups:
+            self._on_drop(group.prompt.position, reason)
         return [group.summary for group in groups]
 
     def _refill(self, count: int) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ray_rl.config import RunConfig, load_config, resolve_config
@@ -38,7 +39,8 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="go on with this run, at its last checkpoint")] = None,
 ) -> None:
     """Train a policy; or go on with a run: train --resume RUN."""
-    from ray_rl.run_state import RunFolder, RunState
+    from ray_rl.doctor import require
+    from ray_rl.run_state import RunFolder
 
     given = [*([recipe] if recipe else []), *(overrides or [])]
     if resume:
@@ -46,20 +48,25 @@ def train(
             raise ConfigError("--run-dir: a resumed run stays in its folder; leave it out")
         folder = RunFolder.open(resume)
         config = resolve_config(folder.config_data(), given)
-        start = folder.latest_state()
-        if config.seed != start.seed:
-            raise ConfigError(f"seed: a resumed run keeps its seed, {start.seed}; leave it out, or begin a new run")
+        warnings = require(config, folder=folder.path)
     else:
         if not recipe:
             raise ConfigError("train: name a recipe (ray-rl recipes lists them), or --resume RUN")
         config = load_config(recipe, overrides or [])
+        warnings = require(config, folder=run_dir or Path("runs"))
         folder = RunFolder.create(run_dir, config)
-        start = RunState.new(config.seed)
     with folder.locked():
+        start = folder.find_start()
+        if config.seed != start.state.seed:
+            raise ConfigError(
+                f"seed: a resumed run keeps its seed, {start.state.seed}; leave it out, or begin a new run"
+            )
+        for warning in (*start.notes, *warnings):
+            typer.echo(f"warning: {warning}", err=True)
         from ray_rl.launch import train as launch_train
 
         try:
-            report = launch_train(config, folder, start)
+            report = launch_train(config, folder, start.state)
         except (RunError, KeyboardInterrupt):
             if not resume:  # who resumes a run wants to keep it
                 folder.remove_unused()
@@ -137,6 +144,59 @@ def export(
         raise ConfigError(f"{directory}: exists already; name a new folder")
     shutil.copytree(policy, directory)
     typer.echo(f"{policy} -> {directory}")
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="the folder of a run that is going on")],
+    as_json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
+) -> None:
+    """What a run in progress is doing."""
+    from dataclasses import asdict
+
+    from ray_rl.control_client import ask_status
+    from ray_rl.status_view import status_lines
+
+    found = ask_status(run)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+    else:
+        typer.echo("\n".join(status_lines(found)))
+
+
+@app.command(context_settings={"ignore_unknown_options": True})  # or -1 would be an unknown option
+def scale(
+    run: Annotated[Path, typer.Argument(help="the folder of a run that is going on")],
+    actors: Annotated[int, typer.Argument(metavar="N", help="rollout actors from now on, at least 1")],
+) -> None:
+    """Use more or fewer rollout actors in a run in progress; surplus ones end when their groups are done."""
+    from ray_rl.control_client import order_scale
+
+    typer.echo(order_scale(run, actors))
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(help="a shipped recipe's name or a YAML file")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check this machine, and what a recipe asks of it; exit code 1 when something cannot work."""
+    from ray_rl.doctor import examine
+
+    config = load_config(recipe, overrides or []) if recipe else None
+    findings = list(examine(config))
+    table = Table()
+    for name in ("check", "found", "verdict", "mend"):
+        table.add_column(name, overflow="fold")
+    styles = {"ok": "green", "warning": "yellow", "fault": "red"}
+    for finding in findings:
+        style = styles[finding.verdict]
+        table.add_row(
+            escape(finding.check), escape(finding.found), f"[{style}]{finding.verdict}[/]", escape(finding.mend)
+        )
+    Console().print(table)
+    if any(finding.verdict == "fault" for finding in findings):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -3,37 +3,49 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ray_rl.config.orchestration import EvaluationConfig
+from ray_rl.errors import first_error
 from ray_rl.metrics import evaluation_metrics
 from ray_rl.protocols import RolloutPool
 from ray_rl.types import Prompt, ScoredSample
 
-_REQUESTS_PER_PLACE = 4
-"""A group's place in an engine is worth this many single answers: evaluation has no continuations."""
 
-
-async def evaluate(pool: RolloutPool, prompts: Sequence[Prompt], config: EvaluationConfig) -> dict[str, float]:
+async def evaluate(
+    pool: RolloutPool,
+    prompts: Sequence[Prompt],
+    config: EvaluationConfig,
+    *,
+    moved: Callable[[str], None] = lambda what: None,
+) -> dict[str, float]:
     """Sample `config.samples` answers per prompt and, if asked for, a greedy one.
+
+    Args:
+        pool: gives each prompt a place when it has one.
+        prompts: at least one.
+        config: how many answers.
+        moved: told of every prompt that is answered.
 
     Returns:
         Metrics by name; see `ray_rl.metrics.evaluation_metrics`.
     """
-    sampled = await _answers(pool, prompts, config.samples, config.temperature)
-    greedy = await _answers(pool, prompts, 1, 0.0) if config.greedy else None
+    sampled = await _answers(pool, prompts, config.samples, config.temperature, moved)
+    greedy = await _answers(pool, prompts, 1, 0.0, moved) if config.greedy else None
     return evaluation_metrics(prompts, sampled, greedy)
 
 
 async def _answers(
-    pool: RolloutPool, prompts: Sequence[Prompt], samples: int, temperature: float
+    pool: RolloutPool, prompts: Sequence[Prompt], samples: int, temperature: float, moved: Callable[[str], None]
 ) -> list[tuple[ScoredSample, ...]]:
-    places = asyncio.Semaphore(max(1, pool.capacity * _REQUESTS_PER_PLACE // samples))
-
     async def one(prompt: Prompt) -> tuple[ScoredSample, ...]:
-        async with places:
-            return await pool.evaluate(prompt, samples=samples, temperature=temperature)
+        answers = await pool.evaluate(prompt, samples=samples, temperature=temperature)
+        moved(f"the answer to evaluation prompt {prompt.problem.problem_id}")
+        return answers
 
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(prompt)) for prompt in prompts]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(prompt)) for prompt in prompts]
+    except ExceptionGroup as errors:
+        raise first_error(errors) from errors
     return [task.result() for task in tasks]

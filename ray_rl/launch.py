@@ -7,43 +7,46 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import signal
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayError
 
-from actors.pool import ActorPool
+from actors.pool import ActorPool, PoolLimits
+from actors.pool_member import in_a_line
 from actors.reward_actor import create_reward_actors, start_reward_actors
-from actors.rollout_actor import create_rollout_client
+from actors.rollout_client import create_rollout_client
 from learner.advantages import token_advantages
 from learner.group import LearnerGroup
 from ray_rl.config import RunConfig
-from ray_rl.deadlines import wait
+from ray_rl.control import ControlServer, scale_pool
+from ray_rl.deadlines import DeadlineExceeded, wait
 from ray_rl.embedded import policy_path
-from ray_rl.errors import ConfigError
+from ray_rl.errors import ConfigError, writing
 from ray_rl.evaluation import evaluate
+from ray_rl.journal import Journal
+from ray_rl.ledger import Ledger
 from ray_rl.memory import MemoryWatch
 from ray_rl.orchestrator import Orchestrator
-from ray_rl.placement import required_resources, wait_for_resources
+from ray_rl.placement import Demand, is_own_ray, unplaced_rollout_actors, wait_for_place
 from ray_rl.progress import ConsoleProgress
 from ray_rl.prompt_stream import PromptStream, encode_problem
 from ray_rl.protocols import CollectedGroup
-from ray_rl.ray_session import placement_seconds, ray_session, run_to_end
+from ray_rl.ray_session import cluster_nodes, placement_seconds, ray_session, run_to_end
 from ray_rl.recorder import GroupRecorder
 from ray_rl.run_report import RunReport
 from ray_rl.run_state import RunFolder, RunState
 from ray_rl.sinks import logged_metrics, make_sink
 from ray_rl.tasks import make_task
 from ray_rl.tokenizer import TokenizerCodec, load_tokenizer
+from ray_rl.watchdog import Watchdog
 from ray_rl.weight_file import sweep
-
-logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, folder: RunFolder, start: RunState) -> RunReport:
@@ -65,7 +68,8 @@ def train(config: RunConfig, folder: RunFolder, start: RunState) -> RunReport:
             run_to_end(_train(config, folder, start, prepared, progress, report))
         report.peak_bytes = memory.peak_bytes
     report.next_steps = _next_steps(report)
-    (folder.path / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+    with writing(folder.path / "report.json"):
+        (folder.path / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
     progress.report(report)
     return report
 
@@ -135,73 +139,101 @@ async def _train(
     report: RunReport,
 ) -> None:
     progress.phase("starting engines and learner")
-    async with _actors(config, with_learner=True, step=start.step) as (pool, learner):
+    run_id = uuid.uuid4().hex[:12]
+    async with _actors(config, run_id, warn=progress.warn, step=start.step) as actors:
+        learner = actors.learner
         assert learner is not None
         if start.step:
             await learner.load(folder.checkpoint(start.step) / "learner")
-        recorder = GroupRecorder(
-            folder.path / "groups.jsonl", config.logging.groups_per_step, prepared.codec, resume_step=start.step
-        )
-        sink = make_sink(folder.path, config.logging, resume_step=start.step)
-        if start.step:
             report.evaluation_before = logged_metrics(folder.path / "metrics.jsonl", 0)
+        sink = make_sink(folder.path, config.logging, resume_step=start.step)
+        recorder = _Recorder(config, folder, prepared.codec, start.step, progress.warn)
+        watchdog = Watchdog(folder.path, config.logging.watchdog_seconds, collect=actors.stacks, warn=progress.warn)
+        ledger = Ledger(folder.ledger, start)
+        if ledger.note:
+            progress.warn(ledger.note)
         orchestrator = Orchestrator(
             config,
-            pool=pool,
+            pool=actors.pool,
             learner=learner,
             stream=prepared.stream,
             evaluation_prompts=prepared.evaluation_prompts,
             folder=folder,
-            sink=sink,
-            record=partial(_record, recorder, config),
-            progress=progress,
-            report=report,
+            ledger=ledger,
+            journal=Journal(config, sink=sink, recorder=recorder, progress=progress, report=report),
+            moved=watchdog.moved,
         )
+
+        def scale(size: int) -> str:
+            line = scale_pool(
+                actors.pool, size, lambda wanted: unplaced_rollout_actors(config, cluster_nodes(), wanted)
+            )
+            orchestrator.keep_size()
+            progress.note(f"ray-rl scale: {line}")
+            return line
+
+        control = ControlServer(folder.path, run_id, status=orchestrator.status, scale=scale, warn=progress.warn)
         with _signals(orchestrator, progress):
             try:
-                await orchestrator.run(start)
+                async with control, watchdog:
+                    await orchestrator.run(start)
             finally:
                 sink.close()
 
 
 async def _evaluate(config: RunConfig, prepared: Prepared, progress: ConsoleProgress) -> dict[str, float]:
     progress.phase("starting engines")
-    async with _actors(config, with_learner=False) as (pool, _):
+    async with _actors(config, uuid.uuid4().hex[:12], warn=progress.warn, with_learner=False) as actors:
         progress.phase(f"evaluating on {len(prepared.evaluation_prompts)} held-out problems")
-        return await evaluate(pool, prepared.evaluation_prompts, config.evaluation)
+        return await evaluate(actors.pool, prepared.evaluation_prompts, config.evaluation)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Actors:
+    """All actors of a run."""
+
+    pool: ActorPool
+    learner: LearnerGroup | None
+    """None where nothing is trained."""
+
+    async def stacks(self) -> dict[str, str]:
+        """What each process of pool and learner is doing."""
+        return {**await self.pool.stacks(), **(await self.learner.stacks() if self.learner else {})}
 
 
 @asynccontextmanager
 async def _actors(
-    config: RunConfig, *, with_learner: bool, step: int = 0
-) -> AsyncIterator[tuple[ActorPool, LearnerGroup | None]]:
+    config: RunConfig, run_id: str, *, warn: Callable[[str], None], with_learner: bool = True, step: int = 0
+) -> AsyncIterator[_Actors]:
     """All actors of a run, started side by side; ended together, whatever happens."""
-    model, run_id = model_source(config), uuid.uuid4().hex[:12]
+    model, rollout = model_source(config), config.rollout
     reward_actors = create_reward_actors(config)
-    clients = [
-        create_rollout_client(config, model, run_id, index, reward_actors=reward_actors, step=step)
-        for index in range(config.rollout.actors)
-    ]
     pool = ActorPool(
-        clients.__getitem__,
-        config.rollout.actors,
-        groups_in_flight=config.rollout.most_groups,
-        start_timeout=config.rollout.start_timeout,
-        group_timeout=config.rollout.group_timeout,
-        publish_timeout=config.weights.timeout,
+        lambda index: create_rollout_client(config, model, run_id, index, reward_actors=reward_actors, step=step),
+        rollout.least_actors,
+        limits=PoolLimits(
+            groups_in_flight=rollout.most_groups,
+            start_timeout=rollout.start_timeout,
+            group_timeout=rollout.group_timeout,
+            publish_timeout=config.weights.timeout,
+            outage_timeout=rollout.outage_timeout,
+            max_attempts=rollout.max_attempts,
+        ),
+        serves_loaded=not with_learner,
+        warn=warn,
     )
     learner: LearnerGroup | None = None
     try:
-        required = required_resources(config, with_learner=with_learner)
-        await wait_for_resources(required, ray.cluster_resources, placement_seconds(config))
+        demand = Demand.of(config, with_learner=with_learner)
+        # Beside the start of the actors: it is their requests that an autoscaler answers.
         async with asyncio.TaskGroup() as starting:
+            starting.create_task(wait_for_place(demand, cluster_nodes, placement_seconds(config)))
             starting.create_task(pool.start())
-            starting.create_task(start_reward_actors(reward_actors, config.rollout.start_timeout))
-            ranks = starting.create_task(LearnerGroup.start(config, model)) if with_learner else None
-        learner = ranks.result() if ranks else None
-        if learner:
-            await learner.connect([client.handle for client in clients], run_id)
-        yield pool, learner
+            starting.create_task(start_reward_actors(reward_actors, rollout.start_timeout))
+            if with_learner:
+                ranks = starting.create_task(LearnerGroup.start(config, model, run_id, may_grow=not is_own_ray(config)))
+        learner = ranks.result() if with_learner else None
+        yield _Actors(pool=pool, learner=learner)
     finally:
         # The learner first: on each node the last user of the run's files removes them, and it is killed without ado.
         if learner:
@@ -212,6 +244,32 @@ async def _actors(
             for actor in reward_actors:
                 ray.kill(actor)
             sweep(run_id)
+
+
+class _Recorder:
+    """A `GroupRecorder` that fetches the few groups it wants, with the advantages that the learner gave them."""
+
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, codec: TokenizerCodec, step: int, warn: Callable[[str], None]
+    ) -> None:
+        self._config = config
+        self._warn = warn
+        path = folder.path / "groups.jsonl"
+        self._recorder = GroupRecorder(path, config.logging.groups_per_step, codec, resume_step=step)
+
+    async def record(self, step: int, groups: Sequence[CollectedGroup]) -> None:
+        """Of the groups that are still there."""
+        for index in self._recorder.choose([collected.summary for collected in groups]):
+            try:
+                group = await wait(groups[index].ref, self._config.learner.step_timeout, what="a group to record")
+            except (RayError, DeadlineExceeded) as error:
+                self._warn(f"a group of step {step} is not recorded, since it is gone: {in_a_line(error)}")
+            else:
+                self._recorder.write(step, group, token_advantages(group, self._config.advantage))
+
+    def rewind(self, step: int) -> None:
+        """As `GroupRecorder.rewind`."""
+        self._recorder.rewind(step)
 
 
 @contextmanager
@@ -236,14 +294,6 @@ def _signals(orchestrator: Orchestrator, progress: ConsoleProgress) -> Iterator[
     finally:
         for signal_number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(signal_number)
-
-
-async def _record(recorder: GroupRecorder, config: RunConfig, step: int, groups: Sequence[CollectedGroup]) -> None:
-    """Fetch the few groups that the recorder wants, with the advantages that the learner gave them."""
-    wanted = recorder.choose([collected.summary for collected in groups])
-    for index in wanted:
-        group = await wait(groups[index].ref, config.learner.step_timeout, what="a group to record")
-        recorder.write(step, group, token_advantages(group, config.advantage))
 
 
 def _next_steps(report: RunReport) -> list[str]:

@@ -26,6 +26,11 @@ def step_metrics(
     completion has the quantity, over tokens for shares of tokens. `reward/std` is the population form over all
     completions. `reward/accuracy` is the share of rewards of at least 1.
 
+    A group may mix versions: weights arrive while its completions, or the continuations that its state values average, are
+    sampled. `staleness/mixed_fraction` is the share of such groups, `staleness/spread_max` the most versions between the
+    oldest and the newest of one group's tokens. The mixture is bounded: no token is newer than `version`, and the buffer
+    drops groups with a token older than version - max_staleness, so the spread is at most max_staleness. With 0 none mixes.
+
     Args:
         trained: the groups that are trained on.
         version: the policy version that is being trained, against which staleness counts.
@@ -49,13 +54,22 @@ def step_metrics(
         "groups/filtered": float(len(filtered)),
         "groups/decided_fraction": sum(s.decided for s in summaries) / len(summaries),
         "groups/decided_trained": float(sum(s.decided for s in trained)),
-        **_staleness_metrics([version - s.oldest_version for s in trained]),
+        **_staleness_metrics(trained, version),
         **_cost_metrics(summaries),
     }
 
 
-def _staleness_metrics(ages: Sequence[int]) -> dict[str, float]:
-    return {"staleness/mean": statistics.fmean(ages), "staleness/max": float(max(ages))} if ages else {}
+def _staleness_metrics(trained: Sequence[GroupSummary], version: int) -> dict[str, float]:
+    if not trained:
+        return {}
+    ages = [version - summary.oldest_version for summary in trained]
+    spreads = [summary.newest_version - summary.oldest_version for summary in trained]
+    return {
+        "staleness/mean": statistics.fmean(ages),
+        "staleness/max": float(max(ages)),
+        "staleness/mixed_fraction": sum(spread > 0 for spread in spreads) / len(spreads),
+        "staleness/spread_max": float(max(spreads)),
+    }
 
 
 def _cost_metrics(summaries: Sequence[GroupSummary]) -> dict[str, float]:

@@ -1,40 +1,49 @@
-"""The two loops of a run, and what happens around them.
+"""The train loop of a run, and what happens around it.
 
-      prompts -> collect loop -> StalenessBuffer -> train loop -> learner.train
+      prompts -> Collector -> StalenessBuffer -> train loop -> learner.train
                     ^                                              |
                     +---- pool (new weights) <- learner.publish <--+
 
-The collect loop keeps as many groups in flight as the buffer admits and the pool can work on. The train loop takes a
-batch, trains on it, publishes the new policy version, evaluates and saves when due, and only then gives the batch's room
-back. What each loop waits for is told in `ray_rl.buffer`.
+The collector keeps as many groups in flight as the buffer admits. The train loop takes a batch, trains on it, publishes the
+new policy version, evaluates and saves when due, and only then gives the batch's room back. What each loop waits for is
+told in `ray_rl.buffer`.
+
+What dies: rollout actors are the pool's business. A learner that died comes back at its last checkpoint
+(`ray_rl.learner_keeper`), and the steps after that are undone and done again, on groups that the buffer still has and on
+prompts that are sampled again. The ledger says where each prompt ended.
 """
 
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
+from ray_rl.autoscaling import Autoscaler
 from ray_rl.buffer import Batch, StalenessBuffer
+from ray_rl.collector import Collector, RunStopped
 from ray_rl.config import RunConfig
-from ray_rl.errors import RunError, first_error
+from ray_rl.config.rollout import ActorRange
+from ray_rl.deadlines import end, first_of, wait
+from ray_rl.errors import NotWritten, RunError, first_error, writing
 from ray_rl.evaluation import evaluate
-from ray_rl.health import warnings_of
+from ray_rl.journal import Journal
+from ray_rl.learner_keeper import LearnerKeeper
+from ray_rl.ledger import Ledger
+from ray_rl.mailbox import RunStatus
 from ray_rl.metrics import step_metrics
-from ray_rl.progress import ProgressView
 from ray_rl.prompt_stream import PromptStream
-from ray_rl.protocols import CollectedGroup, Learner, RolloutPool
-from ray_rl.run_report import RunReport
+from ray_rl.protocols import GroupsLost, Learner, LearnerDied, RolloutPool
 from ray_rl.run_state import RunFolder, RunState
-from ray_rl.sinks import MetricSink
 from ray_rl.types import Prompt
 
-T = TypeVar("T")
-
-
-class RunStopped(RunError):
-    """The run cannot go on sensibly; the message says why and what to change."""
+_SHOWN = ("reward/mean", "reward/accuracy", "perf/tokens_per_second", "timing/step", "staleness/mean")
+"""Metrics of the last step that `ray-rl status` shows."""
+_END_SECONDS = 60.0
+_LOOK_SECONDS = 1.0
+"""Between looks whether an engine that joined waits for weights, while the learner waits for groups."""
 
 
 class Orchestrator:
@@ -49,10 +58,9 @@ class Orchestrator:
         stream: PromptStream,
         evaluation_prompts: Sequence[Prompt],
         folder: RunFolder,
-        sink: MetricSink,
-        record: Callable[[int, Sequence[CollectedGroup]], Awaitable[None]],
-        progress: ProgressView,
-        report: RunReport,
+        ledger: Ledger,
+        journal: Journal,
+        moved: Callable[[str], None] = lambda what: None,
     ) -> None:
         """Hand in the parts; `run` sets them going.
 
@@ -63,10 +71,9 @@ class Orchestrator:
             stream: where prompts come from.
             evaluation_prompts: held-out problems.
             folder: where checkpoints go.
-            sink: where a step's metrics go.
-            record: keeps samples of a step's groups.
-            progress: what the user sees.
-            report: filled while the run goes on.
+            ledger: opened at the state that the run starts from.
+            journal: told of everything that somebody may want to read.
+            moved: told of everything that shows that the run is alive.
         """
         self._config = config
         self._pool = pool
@@ -74,208 +81,286 @@ class Orchestrator:
         self._stream = stream
         self._evaluation_prompts = evaluation_prompts
         self._folder = folder
-        self._sink = sink
-        self._record = record
-        self._progress = progress
-        self._report = report
+        self._ledger = ledger
+        self._journal = journal
+        self._moved = moved
+        actors = config.rollout.num_actors
+        takes_turns = config.training.max_staleness == 0
+        self._autoscaler = Autoscaler(actors, takes_turns=takes_turns) if isinstance(actors, ActorRange) else None
+        self._keeper = LearnerKeeper(
+            learner,
+            folder,
+            keep=config.checkpoint.keep,
+            max_restarts=config.learner.max_restarts,
+            timeout=config.learner.step_timeout,
+            warn=journal.warn,
+        )
+        self._step = 0
+        """Training steps done; the learner has the policy after the last of them."""
+        self._batch: Batch | None = None
+        """Taken, and neither trained on nor given back."""
+        self._holds_room = False
+        """Whether the batch taken last still has its room in the buffer."""
         self._buffer: StalenessBuffer  # made by `run`, which knows how many steps are left
-        self._untrained: set[int] = set()
-        self._redo: list[int] = []
-        self._saved_step: int | None = None
+        self._collector: Collector
         self._stop = asyncio.Event()
 
     def request_stop(self) -> None:
         """End after the training step in progress, if any, with a checkpoint."""
         self._stop.set()
 
+    def keep_size(self) -> None:
+        """Somebody has chosen the number of rollout actors: the run changes it no more by itself."""
+        self._autoscaler = None
+
+    def status(self) -> RunStatus:
+        """What the run is doing."""
+        return RunStatus(
+            name=self._config.name,
+            step=self._step,
+            steps=self._config.training.steps,
+            phase=self._journal.phase,
+            seconds_since_step=self._journal.seconds_since_step,
+            policy_version=self._step,
+            buffer_depth=self._buffer.depth if hasattr(self, "_buffer") else 0,
+            actors_wanted=self._pool.size,
+            actors=tuple(self._pool.status()),
+            actors_died=self._pool.died,
+            learner_restarts=self._keeper.restarts,
+            ledger={name: int(count) for name, count in self._ledger.totals().items()},
+            metrics={name: value for name, value in self._journal.last.items() if name in _SHOWN},
+        )
+
     async def run(self, start: RunState) -> None:
-        """From a state (step 0 for a new run) to the last step, or to a requested stop.
+        """From a state (step 0 for a new run), which the learner has, to the last step, or to a requested stop.
 
         Raises:
-            RunStopped: too many gradings failed; what is trained by then is saved.
+            RunStopped: too many gradings failed, or something dies again and again; what is trained by then is saved.
+            NoActorsLeft: no rollout actor came back; what is trained is saved.
+            NotWritten: the last checkpoint, or the record of a step, found no room.
         """
-        self._stream.restore(start.position)
-        self._redo = list(start.pending_positions)
-        self._saved_step = start.step if start.step else None
-        step = start.step
+        self._begin(start)
+        await self._publish_in_any_case()
+        if self._config.evaluation.at_start and not self._step:
+            self._journal.report.evaluation_before = await self._evaluate()
+            self._journal.report.evaluation_after = {}
+        self._journal.begin("training")
+        collecting = asyncio.create_task(self._collector.run(), name="collect loop")
+        try:
+            await self._train(collecting)
+        except RunError:
+            await self._save_what_there_is()
+            raise
+        finally:
+            await end(collecting, _END_SECONDS, what="the collect loop")
+        await self._finish()
+
+    def _begin(self, start: RunState) -> None:
         training = self._config.training
-        left = (training.steps - step) * training.prompts_per_step
+        self._step = self._journal.report.steps = start.step
+        self._keeper.saved_step = start.step or None
+        self._stream.restore(start.position)
         self._buffer = StalenessBuffer(
             training.prompts_per_step,
             training.max_staleness,
-            total=left,
+            total=(training.steps - start.step) * training.prompts_per_step,
             decided=training.decided_groups,
             refill_limit=training.refill_limit,
+            on_drop=self._ledger.drop,
         )
-        self._report.steps = step
-        await self._publish(step)
-        if self._config.evaluation.at_start and step == 0:
-            self._report.evaluation_before = await self._evaluate(step)
-            self._report.evaluation_after = {}
-        collector = asyncio.create_task(self._collect_loop(), name="collect loop")
-        try:
-            while step < self._config.training.steps and not self._stop.is_set():
-                if not await self._train_step(step + 1, collector):
-                    break
-                step += 1
-                self._report.steps = step
-                if self._due(self._config.checkpoint.every, step):
-                    await self._checkpoint(step)
-        except RunStopped:
-            await self._save_if_new(step)
-            raise
-        finally:
-            await _cancel(collector)
-        await self._finish(step)
+        self._collector = Collector(
+            self._pool, self._buffer, self._stream, self._ledger, warn=self._journal.warn, moved=self._moved
+        )
+        self._collector.sample_again(start.pending_positions)
 
-    async def _finish(self, step: int) -> None:
-        self._report.interrupted = step < self._config.training.steps
-        if self._config.evaluation.at_end and not self._report.interrupted:
-            if not self._due(self._config.evaluation.every, step):
-                self._report.evaluation_after = await self._evaluate(step)
-            self._progress.phase("saving")
-        await self._save_if_new(step)
-        if not self._report.interrupted:
-            await self._timed("saving", self._learner.export(self._folder.final))
+    async def _train(self, collecting: asyncio.Task[None]) -> None:
+        """All steps, and the checkpoint after the last one."""
+        while True:
+            try:
+                while self._step < self._config.training.steps and await self._train_step(collecting):
+                    if self._due(self._config.checkpoint.every):
+                        await self._save_if_there_is_room()
+                await self._save_if_new()
+                return
+            except LearnerDied as death:
+                await self._revive(death)
 
-    async def _train_step(self, step: int, collector: asyncio.Task[None]) -> bool:
+    async def _train_step(self, collecting: asyncio.Task[None]) -> bool:
         """One step; False when a stop was requested before it began."""
         started = time.monotonic()
-        batch = await self._take(step - 1, collector)
-        if batch is None:
-            return False
-        taken = time.monotonic()
+        while (batch := await self._take(collecting)) is not None:
+            taken = time.monotonic()
+            metrics = self._sampled(batch)
+            learned = await self._learn(self._step + 1, batch)
+            if learned is not None:
+                metrics |= {**learned, "timing/rollout": taken - started, "timing/train": time.monotonic() - taken}
+                await self._complete(batch, metrics, started)
+                return True
+        return False
+
+    async def _complete(self, batch: Batch, metrics: dict[str, float], started: float) -> None:
+        """What follows when a batch was trained on: the book, the new version, the journal, the room for other groups."""
+        self._batch = None
+        self._step += 1
+        self._ledger.train(self._step, [group.prompt.position for group in batch.groups])
+        self._journal.learned(self._step, metrics)
+        metrics |= {**await self._publish(), "timing/step": time.monotonic() - started, **self._counts()}
+        await self._journal.step(self._step, metrics, batch.groups)
+        self._moved(f"training step {self._step}")
+        self._autoscale(metrics)
+        if self._due(self._config.evaluation.every):
+            await self._evaluate()
+        await self._release()
+
+    def _sampled(self, batch: Batch) -> dict[str, float]:
+        """Metrics of what was sampled for a step.
+
+        Raises:
+            RunStopped: too many gradings failed.
+        """
         summaries = [group.summary for group in batch.groups]
-        metrics = step_metrics(summaries, step - 1, filtered=batch.filtered, stale=batch.stale)
-        self._check_failures(metrics)
-        learned = await self._learn(step, batch.groups)
-        trained = time.monotonic()
-        metrics |= {
-            **learned,
-            **await self._publish(step),
-            "timing/rollout": taken - started,
-            "timing/train": trained - taken,
-            "buffer/depth": float(self._buffer.depth),
-            "groups/dropped": float(sum(self._buffer.dropped.values())),
-            **{f"groups/dropped_{reason}": float(count) for reason, count in self._buffer.dropped.items()},
-        }
-        self._account(metrics, time.monotonic() - started)
-        await self._record(step, batch.groups)
-        self._show(step, metrics)
-        if self._due(self._config.evaluation.every, step):
-            metrics |= await self._evaluate(step, log=False)
-        self._sink.log(step, metrics)
-        self._untrained.difference_update(group.prompt.position for group in batch.groups)
-        await self._buffer.release()
-        return True
-
-    async def _learn(self, step: int, groups: Sequence[CollectedGroup]) -> Mapping[str, float]:
-        if not groups:
-            # The step counts and its version is published all the same: a version is the number of steps done.
-            self._progress.warn(f"every group of step {step} was decided and dropped: the policy stays as it is")
-            return {}
-        return (await self._learner.train(step, groups)).metrics
-
-    def _account(self, metrics: dict[str, float], seconds: float) -> None:
-        """Add what follows from a step's metrics and duration to the metrics and to the report."""
-        tokens = metrics["tokens/primary"] + metrics["tokens/continuations"]
-        metrics |= {"timing/step": seconds, "perf/tokens_per_second": tokens / seconds}
-        self._report.spend("rollout", metrics["timing/rollout"])
-        self._report.spend("train", metrics["timing/train"])
-        self._report.primary_tokens += int(metrics["tokens/primary"])
-        self._report.continuation_tokens += int(metrics["tokens/continuations"])
-        self._report.dropped_groups = dict(self._buffer.dropped)
-
-    def _show(self, step: int, metrics: dict[str, float]) -> None:
-        self._progress.step(step, metrics)
-        for warning in warnings_of(metrics):
-            self._progress.warn(warning)
-
-    async def _take(self, version: int, collector: asyncio.Task[None]) -> Batch | None:
-        """The next batch; None when a stop was requested; the collect loop's error when it failed."""
-        take = asyncio.create_task(self._buffer.take(version))
-        stop = asyncio.create_task(self._stop.wait())
-        try:
-            await asyncio.wait({take, stop, collector}, return_when=asyncio.FIRST_COMPLETED)
-            if collector.done():
-                await self._save_if_new(version)  # nothing is wrong with the learner
-                raise first_error(collector.exception() or RunStopped("the collect loop ended by itself"))
-            return take.result() if take.done() and not self._stop.is_set() else None
-        finally:
-            await _cancel(take)
-            await _cancel(stop)
-
-    async def _collect_loop(self) -> None:
-        """Keep groups in flight; the first failure ends the loop and, through `_take`, the run."""
-        async with asyncio.TaskGroup() as groups:
-            places = asyncio.Semaphore(self._pool.capacity)
-            while True:
-                await self._buffer.admit()
-                await places.acquire()
-                prompt = self._stream.at(self._redo.pop(0)) if self._redo else self._stream.next()
-                self._untrained.add(prompt.position)
-                task = groups.create_task(self._collect_one(prompt))
-                task.add_done_callback(lambda _: places.release())
-
-    async def _collect_one(self, prompt: Prompt) -> None:
-        await self._buffer.put(await self._pool.collect(prompt))
-
-    async def _publish(self, version: int) -> dict[str, float]:
-        started = time.monotonic()
-        weights = await self._timed("weight sync", self._learner.publish(version))
-        metrics = await self._timed("weight sync", self._pool.publish(weights))
-        return {**metrics, "timing/weight_sync": time.monotonic() - started}
-
-    async def _evaluate(self, step: int, *, log: bool = True) -> dict[str, float]:
-        self._progress.phase(f"evaluating on {len(self._evaluation_prompts)} held-out problems")
-        metrics = await self._timed(
-            "evaluation", evaluate(self._pool, self._evaluation_prompts, self._config.evaluation)
-        )
-        self._report.evaluation_after = metrics
-        self._progress.evaluation(step, metrics)
-        if log:
-            self._sink.log(step, metrics)
-        self._progress.phase("training")
-        return metrics
-
-    async def _save_if_new(self, step: int) -> None:
-        if step and self._saved_step != step:
-            await self._checkpoint(step)
-
-    async def _checkpoint(self, step: int) -> None:
-        state = RunState(
-            step=step,
-            policy_version=step,
-            position=self._stream.position,
-            pending_positions=tuple(sorted({*self._untrained, *self._redo} - self._buffer.dropped_positions)),
-            seed=self._config.seed,
-        )
-        with self._folder.new_checkpoint(state) as folder:
-            await self._timed("saving", self._learner.save(folder / "learner"))
-            await self._timed("saving", self._learner.export(folder / "policy"))
-        self._folder.prune(self._config.checkpoint.keep)
-        self._saved_step = step
-
-    def _check_failures(self, metrics: dict[str, float]) -> None:
+        metrics = step_metrics(summaries, self._step, filtered=batch.filtered, stale=batch.stale)
         share, limit = metrics["reward/failures"], self._config.reward.max_failure_share
         if share > limit:
             raise RunStopped(
                 f"reward.max_failure_share: {share:.0%} of this step's gradings failed (limit {limit:.0%}); the reward "
                 "actors' log shows the offending texts. Mend the grader, or raise reward.timeout or the limit"
             )
+        return metrics
 
-    def _due(self, every: int, step: int) -> bool:
-        return bool(every) and step % every == 0
-
-    async def _timed(self, phase: str, work: Awaitable[T]) -> T:
-        started = time.monotonic()
+    async def _learn(self, step: int, batch: Batch) -> Mapping[str, float] | None:
+        """Train on a batch; None, and the rest is given back, where some of its groups are gone."""
+        if not batch.groups:
+            # The step counts and its version is published all the same: a version is the number of steps done.
+            self._journal.warn(f"every group of step {step} was decided and dropped: the policy stays as it is")
+            return {}
         try:
-            return await work
+            return (await self._learner.train(step, batch.groups)).metrics
+        except GroupsLost as loss:
+            self._journal.warn(f"{loss}; their prompts are sampled again")
+            await self._give_back(batch, loss.positions)
+            self._collector.sample_again(loss.positions)
+            return None
+
+    async def _give_back(self, batch: Batch, lost: Sequence[int] = ()) -> None:
+        self._batch, self._holds_room = None, False
+        await self._buffer.give_back(batch, lost)
+
+    async def _release(self) -> None:
+        self._holds_room = False
+        await self._buffer.release()
+
+    def _counts(self) -> dict[str, float]:
+        dropped = self._buffer.dropped
+        self._journal.report.dropped_groups = dict(dropped)
+        return {
+            "buffer/depth": float(self._buffer.depth),
+            "groups/dropped": float(sum(dropped.values())),
+            **{f"groups/dropped_{reason}": float(count) for reason, count in dropped.items()},
+            **self._ledger.totals(),
+            "learner/restarts": float(self._keeper.restarts),
+        }
+
+    def _autoscale(self, metrics: Mapping[str, float]) -> None:
+        before = self._pool.size
+        if self._autoscaler is None or any(actor.state != "serving" for actor in self._pool.status()):
+            return
+        size = self._autoscaler.decide(metrics, before)
+        if size != before:
+            self._journal.note(f"rollout.num_actors: from {before} to {size} actors")
+            self._pool.resize(size)
+
+    async def _take(self, collecting: asyncio.Task[None]) -> Batch | None:
+        """The next batch; None when a stop was requested; the collect loop's error when it failed.
+
+        An engine that joins where the present weights do not lie gets them by another publication.
+        """
+        take = asyncio.create_task(self._buffer.take(self._step))
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            while not await first_of({take, stop, collecting}, _LOOK_SECONDS):
+                if self._pool.waits_for_weights:
+                    await self._publish()
+            if collecting.done():
+                raise first_error(collecting.exception() or RunStopped("the collect loop ended by itself"))
+            if not take.done() or self._stop.is_set():
+                return None
+            self._batch, self._holds_room = take.result(), True
+            return self._batch
         finally:
-            self._report.spend(phase, time.monotonic() - started)
+            await end(take, _END_SECONDS, what="the wait for a batch")
+            await end(stop, _END_SECONDS, what="the wait for a stop")
 
+    async def _publish(self) -> dict[str, float]:
+        """Bring the learner's policy to the engines."""
+        started = time.monotonic()
+        self._buffer.expect(self._step)
+        publication = self._pool.publish(partial(self._learner.publish, self._step))
+        metrics = await self._journal.timed("weight sync", publication)
+        self._moved(f"the publication of version {self._step}")
+        return {**metrics, "timing/weight_sync": time.monotonic() - started}
 
-async def _cancel(task: asyncio.Task[T]) -> None:
-    """Cancel and wait, so that nothing of it runs on."""
-    task.cancel()
-    await asyncio.wait({task})
+    async def _publish_in_any_case(self) -> None:
+        try:
+            await self._publish()
+        except LearnerDied as death:
+            await self._revive(death)
+
+    async def _revive(self, death: LearnerDied) -> None:
+        """Bring the learner back at its last checkpoint, and the rest of the run to the same step."""
+        if self._batch is not None:
+            await self._give_back(self._batch)
+        step = await self._journal.timed("restarting the learner", self._keeper.revive(death))
+        again = [*self._ledger.undo(step), *await self._buffer.undo(step, self._step - step)]
+        self._collector.sample_again(again)
+        if self._holds_room:  # now that the collector knows what comes first
+            await self._release()
+        self._journal.rewind(step)
+        self._step = step
+        self._moved("a restart of the learner")
+        await self._publish_in_any_case()
+
+    async def _finish(self) -> None:
+        """After the last checkpoint: evaluate, and leave the trained policy where users look for it."""
+        self._journal.report.interrupted = self._step < self._config.training.steps
+        if self._journal.report.interrupted:
+            return
+        if self._config.evaluation.at_end and not self._due(self._config.evaluation.every):
+            await self._evaluate()
+        self._journal.begin("saving")
+        trained = self._folder.checkpoint(self._step) / "policy"
+        copied = asyncio.to_thread(shutil.copytree, trained, self._folder.final, dirs_exist_ok=True)
+        with writing(self._folder.final):
+            await wait(
+                copied, self._config.learner.step_timeout, what=f"the trained policy to lie in {self._folder.final}"
+            )
+
+    async def _evaluate(self) -> Mapping[str, float]:
+        self._journal.begin(f"evaluating on {len(self._evaluation_prompts)} held-out problems")
+        work = evaluate(self._pool, self._evaluation_prompts, self._config.evaluation, moved=self._moved)
+        metrics = await self._journal.timed("evaluation", work)
+        self._journal.evaluation(self._step, metrics)
+        self._journal.begin("training")
+        return metrics
+
+    async def _save_if_new(self) -> None:
+        if self._step and self._keeper.saved_step != self._step:
+            state = self._ledger.state(self._step, self._stream.position, self._config.seed)
+            await self._journal.timed("saving", self._keeper.save(state))
+            self._moved(f"the checkpoint of step {self._step}")
+
+    async def _save_if_there_is_room(self) -> None:
+        try:
+            await self._save_if_new()
+        except NotWritten as fault:
+            self._journal.warn(f"no checkpoint after step {self._step}, and the run goes on without: {fault}")
+
+    async def _save_what_there_is(self) -> None:
+        """Before an error ends the run, which matters more than one that keeps it from being saved."""
+        try:
+            await self._save_if_new()
+        except RunError as fault:
+            self._journal.warn(f"what was trained since the last checkpoint is lost: {fault}")
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and self._step % every == 0

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -25,6 +26,9 @@ class ProgressView(Protocol):
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """An evaluation is done."""
+
+    def note(self, text: str) -> None:
+        """Something that the user may want to know: an actor is back, the learner started anew."""
 
     def warn(self, text: str) -> None:
         """Something that the user should know."""
@@ -88,9 +92,13 @@ class ConsoleProgress:
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if _is_accuracy(name))
         self._console.print(f"evaluation after step {step}: {shown}", soft_wrap=True)
 
+    def note(self, text: str) -> None:
+        """Show a line."""
+        self._console.print(text, soft_wrap=True, markup=False)
+
     def warn(self, text: str) -> None:
         """Show a warning."""
-        self._console.print(f"[yellow]warning[/yellow]: {text}", soft_wrap=True)
+        self._console.print(f"[yellow]warning[/yellow]: {escape(text)}", soft_wrap=True)
 
     def report(self, report: RunReport) -> None:
         """The table at the end."""

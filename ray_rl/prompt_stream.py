@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Protocol
 
 from ray_rl.errors import ConfigError
 from ray_rl.types import Problem, Prompt
+
+_LONGEST_TOKEN = 1024
+"""Characters that no token exceeds."""
+_LOOK_SECONDS = 5.0
 
 
 class PromptEncoder(Protocol):
@@ -53,6 +58,9 @@ def encode_problem(
     Raises:
         ConfigError: too long, empty, or not expressible with this tokenizer.
     """
+    characters = _characters(problem)
+    if characters > max_tokens * _LONGEST_TOKEN:  # told without spending minutes on encoding it
+        raise ConfigError(_too_long(problem, f"{characters} characters", max_tokens))
     try:
         token_ids = codec.encode_prompt(
             problem.prompt, system_prompt=system_prompt, use_chat_template=use_chat_template
@@ -62,12 +70,21 @@ def encode_problem(
     if not token_ids:
         raise ConfigError(f"task: problem {problem.problem_id}: the prompt has no tokens; remove it from the data")
     if len(token_ids) > max_tokens:
-        raise ConfigError(
-            f"model.max_model_len: the prompt of problem {problem.problem_id} has {len(token_ids)} tokens, and "
-            f"model.max_model_len - rollout.max_tokens leaves {max_tokens}; raise the one, lower the other, or remove "
-            "the problem from the data"
-        )
+        raise ConfigError(_too_long(problem, f"{len(token_ids)} tokens", max_tokens))
     return Prompt(problem=problem, position=position, token_ids=tuple(token_ids))
+
+
+def _characters(problem: Problem) -> int:
+    if isinstance(problem.prompt, str):
+        return len(problem.prompt)
+    return sum(len(message["content"]) for message in problem.prompt)
+
+
+def _too_long(problem: Problem, size: str, max_tokens: int) -> str:
+    return (
+        f"model.max_model_len: the prompt of problem {problem.problem_id} has {size}, and model.max_model_len - "
+        f"rollout.max_tokens leaves {max_tokens}; raise the one, lower the other, or remove the problem from the data"
+    )
 
 
 class PromptStream:
@@ -103,6 +120,20 @@ class PromptStream:
     def position(self) -> int:
         """Position of the next prompt, which is the number of prompts handed out."""
         return self._position
+
+    def check(self, seconds: float = _LOOK_SECONDS) -> None:
+        """Encode the prompts from the position on, at most an epoch: so many as the time allows.
+
+        What is wrong with the data is known before a run begins, then, and not after hours. The stream does not move.
+
+        Raises:
+            ConfigError: as `next` does.
+        """
+        until = time.monotonic() + seconds
+        for position in range(self._position, self._position + len(self._problems)):
+            self.at(position)
+            if time.monotonic() > until:
+                return
 
     def restore(self, position: int) -> None:
         """Go on at a saved position."""

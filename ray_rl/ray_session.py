@@ -5,24 +5,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
-import socket
-from collections.abc import Coroutine, Iterator
+import signal
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ray_rl.config import RunConfig
+from ray_rl.deadlines import DeadlineExceeded, result
 from ray_rl.errors import ConfigError, RunError, first_error
-from ray_rl.placement import required_resources
+from ray_rl.placement import Demand, Node, cluster_address, is_own_ray, knock, named_address
 
 T = TypeVar("T")
 
-_KNOCK_SECONDS = 10.0
 _OWN_PLACEMENT_SECONDS = 5.0
 """A Ray of the run's own gets no more nodes; this is for the one it has to announce itself."""
+_JOIN_SECONDS = 30.0
+_ROOM_FOR_ACTORS = 16
+"""Rollout actors that a Ray of the run's own has CPUs for, however few the recipe asks for: `ray-rl scale` may want more. They
+are numbers in a ledger, not processors, and no process is started for them."""
 
 
 @contextmanager
@@ -32,36 +38,47 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     Raises:
         ConfigError: there is no such cluster.
     """
-    if _is_own_ray(config):
-        cpus = config.ray.num_cpus or math.ceil(required_resources(config).get("CPU", 1))
+    if is_own_ray(config):
         ray.init(
             address="local",
-            num_cpus=cpus,
+            num_cpus=own_cpus(config),
             include_dashboard=False,
             object_store_memory=config.ray.object_store_mib * 2**20,
             log_to_driver=config.ray.log_to_driver,
             logging_level=logging.ERROR,
+            # Ray would start a process per CPU beforehand; nearly every actor here has an environment of its own and takes none.
+            _system_config={"prestart_worker_first_driver": False},
         )
     else:
-        _join_ray(config)
+        _join_cluster(config)
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _is_own_ray(config: RunConfig) -> bool:
-    """Whether the run starts a Ray instead of joining one."""
-    return config.ray.address == "local" and not any(os.environ.get(name) for name in ("RAY_JOB_ID", "RAY_ADDRESS"))
+def own_cpus(config: RunConfig) -> int:
+    """CPUs that a Ray of the run's own offers to actors."""
+    room = max(config.rollout.most_actors, _ROOM_FOR_ACTORS)
+    return config.ray.num_cpus or math.ceil(Demand.of(config, rollout_actors=room).cpus)
 
 
-def _join_ray(config: RunConfig) -> None:
-    address = "auto" if config.ray.address == "local" else config.ray.address
-    named = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
+def cluster_nodes() -> list[Node]:
+    """The total resources of every living node of the Ray that this process has joined."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def placement_seconds(config: RunConfig) -> float:
+    """How long to wait for resources that the cluster lacks."""
+    return _OWN_PLACEMENT_SECONDS if is_own_ray(config) else config.ray.placement_timeout
+
+
+def _join_cluster(config: RunConfig) -> None:
+    named = named_address(config)
     try:
-        _knock(named)
-        ray.init(address=address, log_to_driver=config.ray.log_to_driver, logging_level=logging.ERROR)
-    except (OSError, ValueError) as error:
+        knock(named)
+        join(cluster_address(config), log_to_driver=config.ray.log_to_driver)
+    except (OSError, ValueError, RuntimeError, RayError, DeadlineExceeded) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"ray.address: no Ray cluster could be joined at {named}: {reason}; start one, or unset RAY_ADDRESS and "
@@ -69,16 +86,44 @@ def _join_ray(config: RunConfig) -> None:
         ) from error
 
 
-def _knock(address: str) -> None:
-    """Raise OSError when nobody listens at host:port, for which Ray itself would wait many minutes."""
-    host, _, port = address.rpartition(":")
-    if host and "/" not in host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
+def join(address: str, *, log_to_driver: bool = False, seconds: float = _JOIN_SECONDS) -> None:
+    """Join a Ray that exists. From then on SIGTERM ends the process in order, as with a Ray that was begun in the main thread.
+
+    Raises:
+        DeadlineExceeded: it did not answer in time.
+        OSError, ValueError, RuntimeError, ray.exceptions.RayError: what Ray says to an address that it cannot join.
+    """
+    call_within(
+        lambda: ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.ERROR),
+        seconds,
+        what=f"the Ray at {address} to let this process join",
+    )
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
-def placement_seconds(config: RunConfig) -> float:
-    """How long to wait for resources that the cluster lacks."""
-    return _OWN_PLACEMENT_SECONDS if _is_own_ray(config) else config.ray.placement_timeout
+def call_within(call: Callable[[], T], seconds: float, *, what: str) -> T:
+    """Call what knows no deadline itself; the thread of a call that is late is given up, and ends with the process.
+
+    Args:
+        call: runs in a thread.
+        seconds: longest wait.
+        what: completes the sentence "waited 12 s for ...".
+
+    Raises:
+        DeadlineExceeded: it is not done in time.
+    """
+    outcome: Future[T] = Future()
+    outcome.set_running_or_notify_cancel()  # from now on nobody can cancel it, and the thread may always answer
+
+    def work() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, name="call with a deadline", daemon=True).start()
+    return result(outcome, seconds, what=what)
 
 
 def run_to_end(work: Coroutine[Any, Any, T]) -> T:

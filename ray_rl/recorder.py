@@ -10,7 +10,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
-from ray_rl.sinks import cut_after_step
+from ray_rl.sinks import cut_after_step, write_line
 from ray_rl.types import Completion, Continuation, GroupSummary, StateValue, Trajectory, TrajectoryGroup
 
 
@@ -33,13 +33,14 @@ class GroupRecorder:
             path: of the file.
             groups_per_step: how many groups `choose` picks.
             decoder: of the policy's tokens.
-            resume_step: groups of later steps, from an interrupted sitting, are removed. None removes nothing.
+            resume_step: groups of later steps, from an interrupted sitting, are removed, and whatever follows a broken line.
+                None removes nothing.
         """
         self._path = path
         self._groups_per_step = groups_per_step
         self._decoder = decoder
         if resume_step is not None:
-            cut_after_step(path, resume_step)
+            self.rewind(resume_step)
 
     def choose(self, summaries: Sequence[GroupSummary]) -> list[int]:
         """Indices of the groups to keep, by mean reward: the best, the worst, the second best, and so on."""
@@ -58,10 +59,17 @@ class GroupRecorder:
 
         Raises:
             ValueError: advantages that do not fit the trajectories.
+            NotWritten: the system refused.
         """
-        line = json.dumps(self._record(step, group, advantages), ensure_ascii=False, allow_nan=False)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        write_line(self._path, self._record(step, group, advantages))
+
+    def rewind(self, step: int) -> None:
+        """Remove the groups of later steps: the run does those steps again.
+
+        Raises:
+            NotWritten: the system refused.
+        """
+        cut_after_step(self._path, step)
 
     def _record(
         self, step: int, group: TrajectoryGroup, advantages: Sequence[Sequence[float] | None]
@@ -134,7 +142,7 @@ def read_groups(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: a line amid the file is not JSON.
     """
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for line in file:
-            if line.endswith("\n"):
+            if line.endswith(b"\n"):
                 yield json.loads(line)

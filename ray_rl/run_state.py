@@ -1,60 +1,52 @@
-"""The run folder: the resolved configuration, checkpoints that are whole or not there, and one user at a time."""
+"""The run folder: the resolved configuration, checkpoints to go on from, and one user at a time."""
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
+import logging
 import os
 import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ray_rl.checkpoints import Checkpoints, NewCheckpoint, RunState
 from ray_rl.config.run import RunConfig
-from ray_rl.errors import ConfigError
+from ray_rl.errors import ConfigError, RunError, writing
+from ray_rl.inventory import Damaged, write_atomically
 
-_MANIFEST = "manifest.json"
-_PARTIAL = ".partial"
+__all__ = ["NewCheckpoint", "RunFolder", "RunState", "Start"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunState:
-    """What, besides the learner's own state, a resumed run needs."""
+class Start:
+    """Where a run goes on."""
 
-    step: int
-    """Training steps done."""
-    policy_version: int
-    """Of the policy after that step."""
-    position: int
-    """Of the prompt stream: prompts handed out."""
-    pending_positions: tuple[int, ...]
-    """Handed out but not trained on; they are sampled again first."""
-    seed: int
-    """Of the run, from which prompt order, sampling and minibatch order follow together with step and position."""
-
-    @classmethod
-    def new(cls, seed: int) -> RunState:
-        """The state of a run that has done nothing."""
-        return cls(step=0, policy_version=0, position=0, pending_positions=(), seed=seed)
+    state: RunState
+    """Of the newest whole checkpoint; of a new run where there is no checkpoint yet."""
+    notes: tuple[str, ...]
+    """For the user, one line each: newer checkpoints that are damaged, and how; and what could not be checked."""
 
 
 class RunFolder:
     """A run on disk.
 
-    ``config.yaml``, ``metrics.jsonl``, ``groups.jsonl``, ``checkpoints/step_N/{manifest.json,learner,policy}`` and
-    ``final/``.
+    ``config.yaml``, ``metrics.jsonl``, ``groups.jsonl``, ``ledger.jsonl``, ``checkpoints/`` (`ray_rl.checkpoints`) and
+    ``final/``. What writes raises NotWritten where the system refuses.
     """
 
     def __init__(self, path: Path) -> None:
         """A folder that exists; see `create` and `open`."""
         self.path = path
+        self._checkpoints = Checkpoints(path / "checkpoints")
 
     @classmethod
     def create(cls, path: Path | None, config: RunConfig) -> RunFolder:
@@ -66,13 +58,15 @@ class RunFolder:
 
         Raises:
             ConfigError: the folder holds something already.
+            NotWritten: the system refused.
         """
         if path is None:
             path = _new_folder(Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             mend = f"go on with it: train --resume {path}; or name" if cls.is_run(path) else "name"
             raise ConfigError(f"--run-dir: {path} is not empty; {mend} a new folder")
-        (path / "checkpoints").mkdir(parents=True)
+        with writing(path):
+            (path / "checkpoints").mkdir(parents=True)
         folder = cls(path.resolve())
         folder.write_config(config)
         return folder
@@ -98,87 +92,99 @@ class RunFolder:
         """Where the trained policy lies when the run has ended, in Hugging Face format."""
         return self.path / "final"
 
+    @property
+    def ledger(self) -> Path:
+        """Where `ray_rl.ledger` keeps the book of the run."""
+        return self.path / "ledger.jsonl"
+
     def write_config(self, config: RunConfig) -> None:
         """Write the resolved configuration: a resumed run's may differ from what it was started with."""
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        _write_atomically(self.path / "config.yaml", text)
+        with writing(self.path / "config.yaml"):
+            write_atomically(self.path / "config.yaml", text)
 
     def config_data(self) -> dict[str, Any]:
         """The resolved configuration that the run was last started with, as plain data for `resolve_config`.
 
         Raises:
-            ConfigError: it is not YAML any more.
+            ConfigError: it cannot be read, or is not YAML or no mapping any more.
         """
+        path = self.path / "config.yaml"
         try:
-            return yaml.safe_load((self.path / "config.yaml").read_text()) or {}
+            data = yaml.safe_load(path.read_bytes())
         except yaml.YAMLError as error:
-            raise ConfigError(f"{self.path / 'config.yaml'}: not valid YAML: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path}: holds no options any more; bring it back from a copy, or begin a new run")
+        return data
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step lies or would lie."""
-        return self.path / "checkpoints" / f"step_{step}"
+        return self._checkpoints.path(step)
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, ascending."""
-        found = (self.path / "checkpoints").glob(f"step_*/{_MANIFEST}")
-        names = [manifest.parent.name.removeprefix("step_") for manifest in found]
-        return sorted(int(name) for name in names if name.isdigit())
+        """Steps with a checkpoint that was completed, ascending; `find_start` tells which is still whole."""
+        return self._checkpoints.steps()
+
+    def find_start(self) -> Start:
+        """Where the run goes on: at the newest checkpoint whose files are what was written.
+
+        It reads that checkpoint wholly. `prune` then removes the damaged ones, which are newer.
+
+        Raises:
+            RunError: there are checkpoints, but none is whole.
+        """
+        state, notes = self._checkpoints.newest_whole(instead="going on from")
+        if state is None and notes:
+            mend = "bring one back from a copy, or begin a new run"
+            raise RunError(f"{self.path}: no checkpoint is whole: {'; '.join(notes)}; {mend}")
+        return Start(state=state or RunState.new(int(self.config_data().get("seed", 0))), notes=tuple(notes))
 
     def latest_state(self) -> RunState:
-        """The state of the newest complete checkpoint; of a new run when there is none."""
-        steps = self.steps()
-        return self.state(steps[-1]) if steps else RunState.new(int(self.config_data().get("seed", 0)))
+        """The state that `find_start` finds."""
+        return self.find_start().state
 
     def state(self, step: int) -> RunState:
-        """The state that the checkpoint of a step holds.
+        """The state that the checkpoint of a step holds; its other files are not looked at.
 
         Raises:
-            ConfigError: there is no complete checkpoint of that step.
+            ConfigError: there is no complete checkpoint of that step, or its manifest is damaged.
         """
         self._require(step)
-        manifest = json.loads((self.checkpoint(step) / _MANIFEST).read_text())
-        manifest.pop("config_sha256")
-        return RunState(**{**manifest, "pending_positions": tuple(manifest["pending_positions"])})
+        try:
+            return self._checkpoints.read(step)[0]
+        except Damaged as error:
+            raise ConfigError(f"{self.checkpoint(step)}: {error}") from error
 
     def policy(self, step: int | None = None) -> Path:
-        """The policy of a step, or the newest one, in Hugging Face format.
+        """The policy of a step, or the newest one that is whole, in Hugging Face format. Warns of newer ones.
 
         Raises:
-            ConfigError: there is no such checkpoint.
+            ConfigError: there is no such checkpoint, or the policy's files are not what was written.
         """
-        if step is None:
-            steps = self.steps()
-            if not steps:
-                raise ConfigError(f"{self.path}: the run has no checkpoint yet")
-            step = steps[-1]
-        self._require(step)
-        return self.checkpoint(step) / "policy"
+        if step is not None:
+            self._require(step)
+            try:
+                self._checkpoints.check(step, "policy/")
+            except Damaged as error:
+                raise ConfigError(f"{self.checkpoint(step)}: {error}; use another step") from error
+            return self.checkpoint(step) / "policy"
+        state, notes = self._checkpoints.newest_whole("policy/", instead="using")
+        if state is None:
+            raise ConfigError(f"{self.path}: {'; '.join(notes) or 'the run has no checkpoint yet'}")
+        for note in notes:
+            logger.warning("%s: %s", self.path, note)
+        return self.checkpoint(state.step) / "policy"
 
-    @contextmanager
-    def new_checkpoint(self, state: RunState) -> Iterator[Path]:
-        """A folder to write a checkpoint into; it becomes ``step_N`` when the block ends without an error.
+    def new_checkpoint(self, state: RunState) -> AbstractContextManager[NewCheckpoint]:
+        """`Checkpoints.new`: a folder that becomes the checkpoint of the state's step, or is not there."""
+        return self._checkpoints.new(state, self.path / "config.yaml")
 
-        A process that dies amid leaves a folder that no one takes for a checkpoint.
-        """
-        target = self.checkpoint(state.step)
-        partial = target.with_name(target.name + _PARTIAL)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        digest = hashlib.sha256((self.path / "config.yaml").read_bytes()).hexdigest()
-        manifest = {**asdict(state), "config_sha256": digest}
-        _write_atomically(partial / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-        _sync_folder(target.parent)
-
-    def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep` (at least 1) checkpoints, and what interrupted ones left."""
-        for step in self.steps()[:-keep]:
-            shutil.rmtree(self.checkpoint(step))
-        for partial in (self.path / "checkpoints").glob(f"*{_PARTIAL}"):
-            shutil.rmtree(partial)
+    def prune(self, keep: int, current: int) -> list[str]:
+        """`Checkpoints.prune`: keep the newest `keep` up to a step, delete all others; lines on what could not be."""
+        return self._checkpoints.prune(keep, current)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -187,7 +193,10 @@ class RunFolder:
         Raises:
             ConfigError: another process holds it.
         """
-        with (self.path / ".lock").open("a+") as lock:
+        path = self.path / ".lock"
+        with writing(path):
+            lock = path.open("a+")
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -195,15 +204,16 @@ class RunFolder:
                 raise ConfigError(
                     f"{self.path}: {lock.read().strip()} is using this run; wait for it or end it"
                 ) from error
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
+            with writing(path):
+                lock.truncate(0)
+                lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+                lock.flush()
             yield
 
     def remove_unused(self) -> None:
         """Delete the folder if its run never got as far as a metric: the same command can then be given again."""
         if not (self.path / "metrics.jsonl").exists() and not self.steps():
-            shutil.rmtree(self.path)
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def _require(self, step: int) -> None:
         if step not in self.steps():
@@ -213,7 +223,8 @@ class RunFolder:
 
 def _new_folder(path: Path) -> Path:
     """Make a folder that was not there; runs that start in the same second get a number."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     candidate, number = path, 1
     while True:
         try:
@@ -223,22 +234,3 @@ def _new_folder(path: Path) -> Path:
             candidate = path.with_name(f"{path.name}-{number}")
         else:
             return candidate
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """All of the text or none of it, also when the machine stops amid."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

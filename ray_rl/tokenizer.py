@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ray_rl.errors import ConfigError
+from ray_rl.wording import one_line, shown
+
 if TYPE_CHECKING:
     from tokenizers.decoders import Decoder
     from transformers import PreTrainedTokenizerFast
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_MOST_TOKENS = 2**32
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -24,19 +30,39 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, revision: str | N
     """The tokenizer of a Hugging Face name or folder, and the end-of-sequence ids of the generation config beside it.
 
     Raises:
-        ValueError: There is only a slow tokenizer, which doesn't say what the bytes of a token are.
-        OSError: Nothing loadable at `path` (transformers' own message).
+        ConfigError: nothing loadable at `path`, or only a slow tokenizer, which doesn't say what the bytes of a token are.
     """
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
-    if not tokenizer.is_fast:
-        raise ValueError(f"model.path: {path} has no fast tokenizer (tokenizer.json), which token offsets need")
+    if os.path.isdir(path) and not any(os.path.isfile(os.path.join(path, name)) for name in _TOKENIZER_FILES):
+        raise ConfigError(f"model.path: {path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}); copy it there")
     try:
-        generation = GenerationConfig.from_pretrained(path, revision=revision)
-    except OSError:  # the file is optional
-        return TokenizerCodec(tokenizer)
-    return TokenizerCodec(tokenizer, generation_eos=generation.eos_token_id)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
+        if not tokenizer.is_fast:
+            raise ValueError("it has no fast tokenizer (tokenizer.json), which token offsets need")
+        return TokenizerCodec(tokenizer, generation_eos=_generation_eos(path, revision))
+    # `tokenizers` raises bare Exceptions, and transformers whatever it stumbles over in a broken file.
+    except Exception as error:
+        raise ConfigError(f"model.path: no tokenizer could be loaded from {path}: {one_line(error)}") from error
+
+
+def _generation_eos(path: str, revision: str | None) -> int | list[int] | None:
+    """What ends a completion by the generation config, a file that a model may lack."""
+    from transformers import GenerationConfig
+
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "generation_config.json")):
+        return None
+    try:
+        found = GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
+    except OSError:
+        if os.path.isdir(path):
+            raise
+        return None
+    if found is None or isinstance(found, int):
+        return found
+    if isinstance(found, list) and all(isinstance(token_id, int) for token_id in found):
+        return found
+    raise ValueError(f"eos_token_id in generation_config.json must be a number or a list of them, not {shown(found)}")
 
 
 class TokenizerCodec:
@@ -75,8 +101,6 @@ class TokenizerCodec:
         Raises:
             ValueError: Something that only a chat template can express, and none is used; or no messages.
         """
-        from jinja2 import TemplateError
-
         chat = self._uses_chat(use_chat_template)
         if isinstance(prompt, str):
             if not chat:
@@ -91,13 +115,16 @@ class TokenizerCodec:
             )
         messages = [dict(message) for message in prompt]
         if not messages:
-            raise ValueError("the prompt is an empty list of messages")
+            raise ValueError("task.prompt_column: the prompt is an empty list of messages")
         if system_prompt is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system_prompt})
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except TemplateError as error:  # a template may refuse roles, or their order
-            raise ValueError(f"model.chat_template: the template does not take these messages: {error}") from error
+        # A template may refuse roles, or their order; it is a program, which may also be wrong in any other way.
+        except Exception as error:
+            raise ValueError(
+                f"model.chat_template: the template does not take these messages: {one_line(error)}"
+            ) from error
 
     def encode_prompt(
         self,
@@ -113,7 +140,11 @@ class TokenizerCodec:
         """
         text = self.render_prompt(prompt, system_prompt=system_prompt, use_chat_template=use_chat_template)
         add_special_tokens = not self._uses_chat(use_chat_template)
-        return tuple(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        try:
+            return tuple(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        # `tokenizers` raises bare Exceptions, for instance for a character that is neither in the vocabulary nor unknown.
+        except Exception as error:
+            raise ValueError(f"model.path: the tokenizer does not take the prompt: {one_line(error)}") from error
 
     def decode_with_offsets(self, token_ids: Sequence[int]) -> tuple[str, tuple[int, ...]]:
         """The text of sampled tokens without special tokens, and [T] the offset of each token's first character in it.
@@ -155,6 +186,26 @@ class TokenizerCodec:
             if source is not None:
                 ids.update((source,) if isinstance(source, int) else source)
         return tuple(sorted(ids))
+
+    def check_ends(self, stop_token_ids: Sequence[int] = ()) -> None:
+        """Whether the policy can end a completion at all, and whether the ids in ``rollout.stop_token_ids`` are tokens.
+
+        Raises:
+            ConfigError: completions could never end, so that all of them would be truncated; or an id is none.
+        """
+        for token_id in stop_token_ids:
+            if not self._is_token(token_id):
+                raise ConfigError(
+                    f"rollout.stop_token_ids: {token_id} is no token of this tokenizer, which has {len(self.tokenizer)}"
+                )
+        if not any(map(self._is_token, self.eos_token_ids(stop_token_ids))):
+            raise ConfigError(
+                "rollout.stop_token_ids: completions could never end, as neither the tokenizer nor a generation_config.json "
+                "names an end-of-sequence token; name one here, or set eos_token in the model's tokenizer_config.json"
+            )
+
+    def _is_token(self, token_id: int) -> bool:
+        return 0 <= token_id < _MOST_TOKENS and self._backend.id_to_token(token_id) is not None
 
     def _uses_chat(self, use_chat_template: bool | None) -> bool:
         available = self.tokenizer.chat_template is not None

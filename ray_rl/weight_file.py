@@ -4,12 +4,13 @@ Who still needs a run's files is decided by an flock, not by process ids: every 
 `.owners` file, the kernel drops it however the process ends, and it works between containers that share the memory but number
 their processes differently. Files of a run whose `.owners` can be locked exclusively belong to nobody.
 
-    <folder>/ray-rl-<run_id>.owners     locked shared by every living user of the run on this node
-    <folder>/ray-rl-<run_id>.writing    locked exclusively by whoever writes
-    <folder>/ray-rl-<run_id>-v<version>.bin
-    <folder>/ray-rl-<run_id>.spare      a version that nobody needs any more, whose memory the next one is written into
+    <folder>/ray-rl-<run_id>.owners                 locked shared by every living user of the run on this node
+    <folder>/ray-rl-<run_id>.writing                locked exclusively by whoever writes
+    <folder>/ray-rl-<run_id>-v<version>.bin         the version that was last written here, for engines that join later too
+    <folder>/ray-rl-<run_id>-v<version>.partial     one that is being written
 
-Memory that a process gets for the first time costs several times as much as the copy into it, hence the spare file.
+Memory that a process gets for the first time costs several times as much as the copy into it, so a version is written into the
+file of the one before it, and nobody need discard any. Who still reads the older one then reads a mixture: its digests tell.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from ray_rl.deadlines import DeadlineExceeded
+from ray_rl.deadlines import Deadline
+from ray_rl.errors import NotWritten
 
 _PREFIX = "ray-rl-"
 _POLL_SECONDS = 0.02
+_SWEEP_SECONDS = 60.0
+_VERSIONS = r"-v\d+\.(bin|partial)"
 
 
 def shared_memory_folder() -> Path:
@@ -64,7 +68,7 @@ class NodeWeightFile:
         return f"{_machine()}:{owners.st_dev}:{owners.st_ino}"
 
     def path(self, version: int) -> Path:
-        """Where the version lies once it is written."""
+        """Where the version lies once it is written, until another one is."""
         return self._stem(f"-v{version}.bin")
 
     def ensure(self, version: int, chunks: Callable[[], Iterable[memoryview]], *, timeout: float) -> Path:
@@ -77,7 +81,7 @@ class NodeWeightFile:
 
         Raises:
             DeadlineExceeded: another process held the pen for so long.
-            OSError: the file could not be written, for instance because the shared memory is full.
+            NotWritten: the file could not be written, for instance because the shared memory is full.
         """
 
         def fill(descriptor: int) -> int:
@@ -87,22 +91,30 @@ class NodeWeightFile:
                 written += len(chunk)
             return written
 
-        return self.ensure_filled(version, fill, timeout=timeout)
-
-    def ensure_filled(self, version: int, fill: Callable[[int], int], *, timeout: float) -> Path:
-        """As `ensure`, with a writer that may write in any order: `fill` gets a descriptor and returns the file's size."""
         path = self.path(version)
         if path.exists():
             return path
-        with _exclusive(self._stem(".writing"), timeout, what=f"another process to write {path}"):
+        with self._pen(path, timeout):
             if not path.exists():
                 self._write(path, fill)
         return path
 
-    def discard(self, version: int) -> None:
-        """A version's file is no longer needed by any engine: what it holds will be written over. Idempotent."""
-        with suppress(FileNotFoundError):
-            os.replace(self.path(version), self._stem(".spare"))
+    def write(self, version: int, fill: Callable[[int], int], *, timeout: float) -> Path:
+        """The file of a version, written anew whether there was one or not.
+
+        Args:
+            version: of the policy.
+            fill: gets a descriptor, writes in any order and returns the file's size.
+            timeout: seconds to wait for another writer.
+
+        Raises:
+            DeadlineExceeded: as `ensure`.
+            NotWritten: as `ensure`.
+        """
+        path = self.path(version)
+        with self._pen(path, timeout):
+            self._write(path, fill)
+        return path
 
     def remove(self, version: int) -> None:
         """Remove a version's file and give its memory back; engines that have mapped it keep their mapping. Idempotent."""
@@ -118,11 +130,11 @@ class NodeWeightFile:
     def _stem(self, ending: str) -> Path:
         return self._folder / f"{_PREFIX}{self._run_id}{ending}"
 
+    def _pen(self, path: Path, timeout: float) -> AbstractContextManager[None]:
+        return _exclusive(self._stem(".writing"), timeout, what=f"another process to write {path}")
+
     def _write(self, path: Path, fill: Callable[[int], int]) -> None:
-        # Only the holder of the lock writes, so what an earlier writer left half done is written over.
-        partial = path.with_suffix(".partial")
-        with suppress(FileNotFoundError):
-            os.replace(self._stem(".spare"), partial)
+        partial = self._take_older(path.with_suffix(".partial"))
         try:
             # Weights are their owner's; the folder is everybody's.
             descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -130,12 +142,27 @@ class NodeWeightFile:
                 os.ftruncate(descriptor, fill(descriptor))
             finally:
                 os.close(descriptor)
+        except TimeoutError:
+            raise  # an OSError too, but the contents did not come
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise OSError(
-                error.errno, f"writing weights to shared memory failed ({error.strerror})", str(path)
+            raise NotWritten(
+                f"{path}: the weights could not be written to shared memory: {error.strerror or error}; give this machine "
+                "or container more of it, or end what else uses it"
             ) from error
         os.replace(partial, path)
+
+    def _take_older(self, partial: Path) -> Path:
+        """Turn what there is of any version, whole or left by a writer that died, into the file to write; it need not exist."""
+        found = _files_of(self._folder, f"{_PREFIX}{self._run_id}", _VERSIONS)
+        if found:
+            # A whole one rather than a partial one: the processes of this node have it mapped already.
+            kept, *surplus = sorted(found, key=lambda path: path.suffix)
+            for path in surplus:
+                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # removed meanwhile
+                os.replace(kept, partial)
+        return partial
 
 
 def _write_at(descriptor: int, content: memoryview, offset: int) -> None:
@@ -160,7 +187,8 @@ def _lock_owners(path: Path) -> int:
     """A descriptor that holds a shared lock on the file of that name; a sweeper may remove the name meanwhile."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        # Only who sweeps holds it alone, for as long as removing a few files takes.
+        _lock(descriptor, fcntl.LOCK_SH, Deadline(_SWEEP_SECONDS, what=f"the files of {path} to be swept"))
         if _is_named(descriptor, path):
             return descriptor
         os.close(descriptor)
@@ -183,12 +211,14 @@ def _sweep_if_dead(owners: Path) -> None:
 
 def _remove_run(owners: Path) -> None:
     # `.owners` last: while it exists, an interrupted sweep is taken up by the next one.
-    stem = owners.name.removesuffix(".owners")
-    pattern = re.compile(re.escape(stem) + r"(-v\d+\.(bin|partial)|\.writing|\.spare)")
-    for path in owners.parent.iterdir():
-        if pattern.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+    for path in _files_of(owners.parent, owners.name.removesuffix(".owners"), rf"({_VERSIONS}|\.writing)"):
+        path.unlink(missing_ok=True)
     owners.unlink(missing_ok=True)
+
+
+def _files_of(folder: Path, stem: str, endings: str) -> list[Path]:
+    pattern = re.compile(re.escape(stem) + endings)
+    return [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
 
 
 @cache
@@ -212,14 +242,16 @@ def _is_named(descriptor: int, path: Path) -> bool:
 
 @contextmanager
 def _exclusive(path: Path, timeout: float, *, what: str) -> Iterator[None]:
-    deadline = time.monotonic() + timeout
     with open(path, "ab", opener=_private) as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise DeadlineExceeded(f"waited {timeout:g} s for {what}, and it did not come") from None
-                time.sleep(_POLL_SECONDS)
+        causes = "it writes to a slow or full memory, or was stopped amid"
+        _lock(file.fileno(), fcntl.LOCK_EX, Deadline(timeout, what=what, causes=causes))
         yield
+
+
+def _lock(descriptor: int, operation: int, deadline: Deadline) -> None:
+    while True:
+        try:
+            return fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+        except BlockingIOError:
+            deadline.check()
+            time.sleep(_POLL_SECONDS)

@@ -72,8 +72,10 @@ class ObjectStorePayload:
 
     manifest: WeightManifest
     chunks: tuple[Any, ...]
-    """References to uint8 arrays; end to end they are what the manifest's offsets count in. None where every engine sees the
-    file that the learner wrote."""
+    """References to uint8 arrays; end to end they are what the manifest's offsets count in. None where only engines that see the
+    learner's file are to have the version."""
+    home: str
+    """`NodeWeightFile.identity` of the learner's node, where the file is unless there are chunks and no engine."""
 
 
 def digest_bytes(data: bytes | memoryview) -> str:

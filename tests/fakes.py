@@ -1,9 +1,18 @@
 """Small stand-ins for what lies behind a protocol, and short ways to make the shared records."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ray_rl.protocols import CollectedGroup, PublishedWeights
+from ray_rl.protocols import (
+    ActorStatus,
+    CollectedGroup,
+    GroupsLost,
+    LearnerDied,
+    MakeWeights,
+    PublishedWeights,
+    Receiver,
+)
 from ray_rl.types import (
     Completion,
     GroupCost,
@@ -76,8 +85,10 @@ def collected(position: int, *, version: int, rewards: Sequence[float] = (0.0, 1
 class FakePool:
     """A rollout pool whose groups carry the version that was published last."""
 
-    def __init__(self, capacity: int = 4, make: Callable[[int, int], CollectedGroup] | None = None) -> None:
-        self.capacity = capacity
+    def __init__(self, make: Callable[[int, int], CollectedGroup] | None = None) -> None:
+        self.size = 1
+        self.waits_for_weights = False
+        self.died = 0
         self.version = -1
         self.published: list[int] = []
         self.sampled: list[tuple[int, int]] = []
@@ -91,35 +102,77 @@ class FakePool:
         answer = ScoredSample(reward=Reward(value=float(self.version > 0)), answer="2", tokens=5, finished=True)
         return (answer,) * samples
 
-    async def publish(self, weights: PublishedWeights) -> dict[str, float]:
+    async def publish(self, make: MakeWeights) -> dict[str, float]:
+        weights = await make([Receiver(home="here", handle=None)])
         self.version = weights.version
         self.published.append(weights.version)
+        self.waits_for_weights = False
         return {"timing/pause": 0.0, "weights/probe_max_abs_diff": 0.0}
+
+    def resize(self, size: int) -> None:
+        self.size = size
+
+    def status(self) -> Sequence[ActorStatus]:
+        return [ActorStatus(name="actor 0", state="serving", groups=0, served=len(self.sampled))]
 
 
 class FakeLearner:
-    """A learner that remembers what it was given."""
+    """A learner that remembers what it was given, and dies or loses groups on demand.
+
+    Its weights are the list of batches that it has trained on since the initial policy.
+    """
 
     def __init__(self) -> None:
         self.trained: list[list[int]] = []
+        """All batches ever trained on, those that were undone included."""
+        self.weights: list[list[int]] = []
+        self.dies_in: list[str] = []
+        """Verbs that kill it, each once: `train 3` in step 3, `publish 2`, `save`, `load`, `restart`."""
+        self.lost: set[int] = set()
+        """Positions whose groups are gone, each once."""
+        self.alive = True
+
+    def _live(self, *verbs: str) -> None:
+        for verb in verbs:
+            if verb in self.dies_in:
+                self.dies_in.remove(verb)
+                self.alive = False
+        if not self.alive:
+            raise LearnerDied("rank 0 is gone")
 
     async def train(self, step: int, groups: Sequence[CollectedGroup]) -> StepStats:
+        self._live(f"train {step}")
         if not groups:
             raise ValueError("the learner got an empty batch")
-        self.trained.append([group.prompt.position for group in groups])
+        positions = [group.prompt.position for group in groups]
+        if gone := self.lost.intersection(positions):
+            self.lost -= gone
+            raise GroupsLost(f"{len(gone)} groups are gone", sorted(gone))
+        self.trained.append(positions)
+        self.weights.append(positions)
         return StepStats(metrics={"loss/policy": 0.0, "policy/grad_norm": 1.0})
 
-    async def publish(self, version: int) -> PublishedWeights:
+    async def publish(self, version: int, receivers: Sequence[Receiver]) -> PublishedWeights:
+        self._live(f"publish {version}")
         return PublishedWeights(version=version, payload=None, probe=_no_probe)
 
     async def save(self, folder: Path) -> None:
+        self._live("save")
         folder.mkdir(parents=True)
+        (folder / "weights.json").write_text(json.dumps(self.weights))
 
     async def load(self, folder: Path) -> None:
-        assert folder.is_dir()
+        self._live("load")
+        self.weights = json.loads((folder / "weights.json").read_text())
 
     async def export(self, folder: Path) -> None:
+        self._live("export")
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "policy.json").write_text(json.dumps(self.weights))
+
+    async def restart(self) -> None:
+        self.alive, self.weights = True, []
+        self._live("restart")
 
 
 async def _no_probe() -> Probe:

@@ -3,6 +3,8 @@
 import asyncio
 
 from ray_rl.config import RunConfig, resolve_config
+from ray_rl.journal import Journal
+from ray_rl.ledger import Ledger
 from ray_rl.orchestrator import Orchestrator
 from ray_rl.prompt_stream import PromptStream
 from ray_rl.run_report import RunReport
@@ -15,7 +17,13 @@ class Sink:
         self.logged: list[tuple[int, dict[str, float]]] = []
 
     def log(self, step, metrics) -> None:
-        self.logged.append((step, dict(metrics)))
+        if self.logged and self.logged[-1][0] == step:
+            self.logged[-1][1].update(metrics)
+        else:
+            self.logged.append((step, dict(metrics)))
+
+    def rewind(self, step) -> None:
+        self.logged = [(logged, metrics) for logged, metrics in self.logged if logged <= step]
 
     def close(self) -> None: ...
 
@@ -33,40 +41,38 @@ class Screen:
     def warn(self, text) -> None:
         self.warnings.append(text)
 
+    def note(self, text) -> None: ...
+
 
 class Run:
     """An orchestrator on fakes, with everything it touches in reach."""
 
-    def __init__(self, folder: RunFolder, config: RunConfig, pool: FakePool | None = None) -> None:
+    def __init__(
+        self, folder: RunFolder, config: RunConfig, pool: FakePool | None = None, learner: FakeLearner | None = None
+    ) -> None:
         self.pool = pool or FakePool()
-        self.learner = FakeLearner()
+        self.learner = learner or FakeLearner()
         self.sink = Sink()
         self.screen = Screen()
         self.folder = folder
+        self.config = config
         self.recorded: list[int] = []
         self.recorded_groups: list[list[int]] = []
         self.stop_at: int | None = None
         problems = [problem(f"p{index}") for index in range(10)]
         self.stream = PromptStream(problems, lambda row, *, position: prompt(position), seed=config.seed, shuffle=True)
         self.report = RunReport(name="test", folder=str(folder.path))
-        self.orchestrator = Orchestrator(
-            config,
-            pool=self.pool,
-            learner=self.learner,
-            stream=self.stream,
-            evaluation_prompts=[prompt(-1)],
-            folder=folder,
-            sink=self.sink,
-            record=self._record,
-            progress=self.screen,
-            report=self.report,
-        )
 
-    async def _record(self, step, groups) -> None:
+    async def record(self, step, groups) -> None:
         self.recorded.append(step)
         self.recorded_groups.append([group.prompt.position for group in groups])
         if step == self.stop_at:
             self.orchestrator.request_stop()
+
+    def rewind(self, step) -> None:
+        kept = [index for index, recorded in enumerate(self.recorded) if recorded <= step]
+        self.recorded = [self.recorded[index] for index in kept]
+        self.recorded_groups = [self.recorded_groups[index] for index in kept]
 
     @property
     def steps(self) -> list[dict[str, float]]:
@@ -74,11 +80,24 @@ class Run:
         return [metrics for _, metrics in self.sink.logged if "timing/step" in metrics]
 
     def go(self, start: RunState | None = None) -> "Run":
-        async def main() -> None:
-            await asyncio.wait_for(self.orchestrator.run(start or RunState.new(0)), 10)
-
-        asyncio.run(main())
+        asyncio.run(asyncio.wait_for(self.run(start or RunState.new(0)), 10))
         return self
+
+    async def run(self, start: RunState) -> None:
+        self.ledger = Ledger(self.folder.path / "ledger.jsonl", start)
+        self.orchestrator = Orchestrator(
+            self.config,
+            pool=self.pool,
+            learner=self.learner,
+            stream=self.stream,
+            evaluation_prompts=[prompt(-1)],
+            folder=self.folder,
+            ledger=self.ledger,
+            journal=Journal(self.config, sink=self.sink, recorder=self, progress=self.screen, report=self.report),
+        )
+        if start.step:
+            await self.learner.load(self.folder.checkpoint(start.step) / "learner")
+        await self.orchestrator.run(start)
 
 
 def config_of(**training) -> RunConfig:

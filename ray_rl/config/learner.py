@@ -139,6 +139,9 @@ class LearnerConfig(Section):
     """Seconds the ranks may take to load the model and meet."""
     step_timeout: float = Field(3600.0, gt=0)
     """Seconds one training step, publication or checkpoint may take."""
+    max_restarts: int = Field(3, ge=0)
+    """How often in a sitting the ranks are started anew from the last checkpoint when one of them dies (`checkpoint.every`
+    says what that costs); then the run ends."""
 
     @field_validator("deepspeed", mode="before")
     @classmethod

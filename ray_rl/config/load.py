@@ -1,15 +1,20 @@
 """Recipe, overrides -> RunConfig, with one line per fault."""
 
+import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from ray_rl.config.plain import check_plain, parse_yaml
 from ray_rl.config.run import RunConfig
 from ray_rl.errors import ConfigError
+from ray_rl.wording import printable, shown
+
+_MOST_BYTES = 2**20
+_DEEPEST_PATH = 16
 
 
 def recipe_names() -> list[str]:
@@ -22,14 +27,29 @@ def recipe_text(recipe: str) -> str:
     """The YAML of a shipped recipe or of a file.
 
     Raises:
-        ConfigError: neither exists.
+        ConfigError: neither exists, or the file is no text.
     """
     if recipe in recipe_names():
         return (resources.files("ray_rl") / "recipes" / f"{recipe}.yaml").read_text()
-    path = Path(recipe).expanduser()
-    if path.is_file():
-        return path.read_text()
-    raise ConfigError(f"recipe: {recipe} is neither a file nor a shipped recipe ({', '.join(recipe_names())})")
+    path = Path(os.path.expanduser(recipe))
+    if os.path.isfile(path):  # False also where a name can't be a path
+        return _text_of(path)
+    raise ConfigError(
+        f"recipe: {printable(recipe)} is neither a file nor a shipped recipe ({', '.join(recipe_names())})"
+    )
+
+
+def _text_of(path: Path) -> str:
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ConfigError(
+                f"recipe: {path} has {path.stat().st_size / 2**20:.0f} MiB; a recipe is a text of a few KiB"
+            )
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"recipe: {path} is not UTF-8 text ({error}); name a YAML file") from error
+    except OSError as error:
+        raise ConfigError(f"recipe: {path} cannot be read: {error.strerror}") from error
 
 
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -38,10 +58,8 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: unreadable, unknown keys, wrong values, contradictions.
     """
-    try:
-        data = yaml.safe_load(recipe_text(recipe)) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{recipe}: not valid YAML: {_one_line(str(error))}") from error
+    data = parse_yaml(recipe_text(recipe), f"{recipe}:")
+    data = {} if data is None else data
     if not isinstance(data, dict):
         raise ConfigError(f"{recipe}: a recipe is a mapping of sections, not a {type(data).__name__}")
     return resolve_config(data, overrides)
@@ -59,6 +77,7 @@ def resolve_config(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Ru
         merged = _set(merged, path, value)
     if isinstance(merged.get("task"), str):
         merged["task"] = task_from_text(merged["task"])
+    check_plain(merged)
     for section in _SECTIONS_WITH_KIND:
         if isinstance(merged.get(section), Mapping):
             merged[section] = {"kind": RunConfig.model_fields[section].default.kind, **merged[section]}
@@ -79,9 +98,11 @@ def _with_absolute_paths(data: Mapping[str, Any]) -> dict[str, Any]:
         value = inner.get(key) if isinstance(inner, Mapping) else None
         if isinstance(inner, Mapping) and isinstance(value, str):
             path, colon, function = value.rpartition(":") if key == "function" else (value, "", "")
-            local = Path(path).expanduser()
-            if path and local.exists():
-                result[section] = {**inner, key: f"{local.resolve()}{colon}{function}"}
+            if not value.isprintable():
+                raise ConfigError(f"{section}.{key}: {shown(value)} holds a line break or another control character")
+            local = os.path.expanduser(path)
+            if path and os.path.exists(local):
+                result[section] = {**inner, key: f"{Path(local).resolve()}{colon}{function}"}
     return result
 
 
@@ -97,11 +118,8 @@ def task_from_text(text: str) -> dict[str, Any]:
     for pair in filter(None, query.split("&")):
         key, equals, value = pair.partition("=")
         if not equals:
-            raise ConfigError(f"task: option {pair!r} has no value; write {pair}=...")
-        try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"task: {value!r} is not valid YAML: {_one_line(str(error))}") from error
+            raise ConfigError(f"task: option {shown(pair)} has no value; write {printable(pair)}=...")
+        options[key] = parse_yaml(value, f"task: {shown(value)} is")
     if head.startswith("reasoning-gym:"):
         return {"kind": "reasoning_gym", "dataset": head.partition(":")[2], "options": options}
     if head == "arithmetic":
@@ -111,12 +129,10 @@ def task_from_text(text: str) -> dict[str, Any]:
 
 def _parse_override(override: str) -> tuple[list[str], Any]:
     path, equals, value = override.partition("=")
-    if not equals or not path or not all(path.split(".")):
-        raise ConfigError(f"{override}: not an override; write section.key=value")
-    try:
-        return path.split("."), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: {value!r} is not valid YAML: {_one_line(str(error))}") from error
+    keys = path.split(".")
+    if not equals or not path.isprintable() or not all(keys) or len(keys) > _DEEPEST_PATH:
+        raise ConfigError(f"{printable(override) or 'an empty one'}: not an override; write section.key=value")
+    return keys, parse_yaml(value, f"{path}: {shown(value)} is")
 
 
 def _set(data: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
@@ -138,27 +154,33 @@ def _set(data: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, 
 def _explain(error: ValidationError) -> list[str]:
     lines: list[str] = []
     for fault in error.errors():
+        location = fault["loc"]
+        if location[:2] == _ACTORS and (fault["type"] == "model_type" or _is_range(fault["input"], location)):
+            continue  # of its two ways to be written, only the one that was meant is told about
         message = fault["msg"].removeprefix("Value error, ")
-        path = ".".join(str(part) for part in _without_tags(fault["loc"]))
+        path = ".".join(str(part) for part in _without_tags(location))
         if fault["type"] == "extra_forbidden":
             message = "unknown key; `ray-rl validate --json-schema` lists the known ones"
         elif fault["type"] == "missing":
             message = "is required"
         elif fault["type"] not in ("value_error", "union_tag_invalid"):
-            message = f"{message} (got {fault['input']!r})"
-        lines.extend(f"{path}: {line}" if path else line for line in message.splitlines())
+            message = f"{message} (got {shown(fault['input'])})"
+        lines.extend(printable(f"{path}: {line}" if path else line) for line in message.split("\n"))
     return lines
 
 
+_ACTORS = ("rollout", "num_actors")
 _SECTIONS_WITH_KIND = ("task", "reward", "segmentation", "values", "advantage", "weights")
 
 
 def _without_tags(location: Sequence[int | str]) -> list[int | str]:
-    """pydantic puts the `kind` of a discriminated union into the path; the user's file has no such level."""
+    """pydantic puts into the path what the user's file has no level for: the `kind` of a section, the branch of a union."""
     if len(location) > 1 and location[0] in _SECTIONS_WITH_KIND:
         return [location[0], *location[2:]]
+    if location[:2] == _ACTORS:
+        return [*_ACTORS, *location[3:]]
     return list(location)
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _is_range(given: object, location: Sequence[int | str]) -> bool:
+    return isinstance(given, Mapping) and location[2:] == ("int",)

@@ -12,7 +12,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class ModelConfig(Section):
     """The policy: any causal language model in Hugging Face format."""
 
-    path: str = "embedded"
+    path: str = Field("embedded", min_length=1)
     """Hugging Face name, a local folder, or `embedded`: the tiny policy that ships with the package."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face name."""

@@ -28,6 +28,9 @@ class TrainingConfig(Section):
     groups are trained on, so that a policy that solves everything (or nothing) does not sample for ever."""
     shuffle: bool = True
     """Visit the training problems in a seeded random order, another one each epoch."""
+    warn_mismatch: float = Field(0.05, gt=0)
+    """Warn when engine and learner differ by more than this in a token's log-probability, on average over a step trained on
+    samples of the present version; older samples are expected to differ."""
 
 
 class EvaluationConfig(Section):
@@ -61,6 +64,8 @@ class LoggingConfig(Section):
     tensorboard: bool = True
     groups_per_step: int = Field(2, ge=0)
     """Groups per step written to groups.jsonl: those with the best and the worst mean reward first."""
+    watchdog_seconds: float = Field(900.0, gt=0)
+    """A run in which nothing has moved for so long writes what each of its processes is doing to `stacks/` in its folder."""
 
 
 class RayConfig(Section):
@@ -74,8 +79,9 @@ class RayConfig(Section):
     """Shared memory of a local Ray's object store."""
     log_to_driver: bool = False
     """Repeat on this terminal what the actors print. It always lies in the logs of Ray's session."""
-    placement_timeout: float = Field(300.0, gt=0)
-    """Seconds to wait for the resources of the actors before saying what is missing."""
+    placement_timeout: float = Field(10.0, gt=0)
+    """Seconds to wait for resources that a cluster lacks before saying what is missing. Where an autoscaler must first start
+    machines, as long as that takes."""
 
 
 class RewardActorsConfig(Section):

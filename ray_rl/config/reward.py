@@ -18,6 +18,8 @@ class RewardSection(Section):
     """The run stops when more than this share of a step's gradings fail."""
     timeout: float = Field(10.0, gt=0)
     """Seconds one grading may take before its process is killed. `exact` runs in place and needs none."""
+    memory_gib: float = Field(4.0, gt=0)
+    """Address space of one grader process, in GiB; a grading that wants more fails. `exact` runs in place without a limit."""
 
 
 class ExactRewardConfig(RewardSection):

@@ -2,9 +2,22 @@
 
 import math
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from ray_rl.config.section import Section
+
+
+class ActorRange(Section):
+    """Between how many rollout actors a run may choose while it goes on."""
+
+    min: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> "ActorRange":
+        if self.min > self.max:
+            raise ValueError(f"max: {self.max} is less than min = {self.min}; swap them")
+        return self
 
 
 class RolloutConfig(Section):
@@ -20,8 +33,9 @@ class RolloutConfig(Section):
     """Nucleus sampling. Below 1 the learner's full-softmax log-probabilities differ from the sampling distribution."""
     stop_token_ids: tuple[int, ...] = ()
     """End a completion, besides the model's own end-of-sequence tokens."""
-    actors: int = Field(1, ge=1)
-    """Rollout actors, one engine each."""
+    num_actors: int | ActorRange = 1
+    """Rollout actors, one engine each: so many; or `{min: 1, max: 4}`, beginning with `min`: one more whenever the learner has
+    waited long for groups, one fewer when finished groups have waited long for it. `ray-rl scale` changes either."""
     cpus_per_actor: float = Field(1, gt=0)
     """Ray CPUs of one actor, and (rounded down, at least 1) the threads of its engine on CPU."""
     gpus_per_actor: float = Field(0, ge=0)
@@ -44,7 +58,29 @@ class RolloutConfig(Section):
     start_timeout: float = Field(600.0, gt=0)
     """Seconds an actor may take to load its engine."""
     group_timeout: float = Field(1800.0, gt=0)
-    """Seconds one group may take from prompt to values, the time that it waits in its engine's queue included."""
+    """Seconds one group may take from prompt to values, the time that it waits in its engine's queue included. An actor that
+    takes longer is replaced."""
+    outage_timeout: float = Field(900.0, gt=0)
+    """Seconds for which the run waits when no rollout actor is left; then it ends with a checkpoint."""
+    max_attempts: int = Field(3, ge=1)
+    """Actors that one prompt may cost: when it was in so many that died or hung, it is dropped (ledger: `failed`)."""
+
+    @field_validator("num_actors")
+    @classmethod
+    def _is_positive(cls, given: int | ActorRange) -> int | ActorRange:
+        if isinstance(given, int) and given < 1:
+            raise ValueError("use at least 1, or {min: 1, max: 4}")
+        return given
+
+    @property
+    def least_actors(self) -> int:
+        """The number of actors a run begins with."""
+        return self.num_actors if isinstance(self.num_actors, int) else self.num_actors.min
+
+    @property
+    def most_actors(self) -> int:
+        """The largest number of actors that the configuration allows."""
+        return self.num_actors if isinstance(self.num_actors, int) else self.num_actors.max
 
     @property
     def most_groups(self) -> int:

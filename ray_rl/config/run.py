@@ -1,6 +1,8 @@
 """The whole configuration of a run, and what must hold between its sections."""
 
 import json
+import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +29,8 @@ from ray_rl.config.values import AdaptiveValues, FixedValues, NoValues, ValuesCo
 from ray_rl.config.weights import NcclWeights, ObjectStoreWeights, WeightsConfig
 from ray_rl.embedded import policy_path
 
+_LONGEST_NAME = 100
+
 
 class RunConfig(Section):
     """One run, from task to checkpoints."""
@@ -35,6 +39,9 @@ class RunConfig(Section):
     """Prefix of the run folder."""
     seed: int = 0
     """Of the prompt order, the engines' sampling and the minibatch order."""
+    deterministic: bool = False
+    """Every request is sampled with a seed of its own, which follows from the run's seed, its prompt's position and what it
+    continues: whichever engine takes it, and after a resume. It costs speed."""
     model: ModelConfig = ModelConfig()
     task: TaskConfig = ArithmeticTaskConfig()
     reward: RewardConfig = ExactRewardConfig()
@@ -79,7 +86,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
-        faults = [
+        faults = list(_infinite("", self)) or [  # what is computed from such numbers would be told of in vain
+            *self._name_faults(),
             *self._batch_faults(),
             *self._value_faults(),
             *self._reward_faults(),
@@ -90,6 +98,10 @@ class RunConfig(Section):
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def _name_faults(self) -> Iterator[str]:
+        if not self.name.isprintable() or "/" in self.name or not 0 < len(self.name) <= _LONGEST_NAME:
+            yield f"name: {self.name!r:.60} cannot be part of a folder's name; use up to {_LONGEST_NAME} characters without /"
 
     def _batch_faults(self) -> Iterator[str]:
         minibatch, batch = self.minibatch_size, self.samples_per_step
@@ -184,7 +196,7 @@ class RunConfig(Section):
         elif rollout.gpus_per_actor > rollout.tensor_parallel:
             yield (
                 f"rollout.gpus_per_actor: {rollout.gpus_per_actor:g}, of which an engine uses rollout.tensor_parallel = "
-                f"{rollout.tensor_parallel}; raise the latter, or lower the first and raise rollout.actors"
+                f"{rollout.tensor_parallel}; raise the latter, or lower the first and raise rollout.num_actors"
             )
         if learner.kl.offload_reference and (learner.lora is not None or learner.zero_stage == 3):
             where = (
@@ -209,7 +221,7 @@ class RunConfig(Section):
     def _model_faults(self) -> Iterator[str]:
         path = self.model.path
         looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-        if path != "embedded" and looks_local and not Path(path).expanduser().is_dir():
+        if path != "embedded" and looks_local and not os.path.isdir(os.path.expanduser(path)):
             yield f"model.path: {path} does not exist; give a folder in Hugging Face format, or a Hugging Face name"
         positions = _positions(path)
         if positions is not None and self.model.max_model_len > positions:
@@ -240,11 +252,22 @@ class RunConfig(Section):
 
 def _positions(path: str) -> int | None:
     """Longest sequence of the embedded policy or of a model in a local folder; None where nothing here tells."""
-    folder = policy_path() if path == "embedded" else Path(path).expanduser()
-    file = folder / "config.json"
-    if not file.is_file():
-        return None
+    folder = policy_path() if path == "embedded" else os.path.expanduser(path)
     try:
-        return json.loads(file.read_text()).get("max_position_embeddings")
-    except ValueError:
+        known = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None  # whoever loads the model will say what is wrong with the file
+    positions = known.get("max_position_embeddings", known.get("n_positions")) if isinstance(known, dict) else None
+    return positions if isinstance(positions, int) else None
+
+
+def _infinite(path: str, value: object) -> Iterator[str]:
+    """Numbers that are none: nothing can be compared with nan, and no wait may be endless."""
+    if isinstance(value, Section):
+        for key, inner in value:
+            yield from _infinite(f"{path}.{key}".lstrip("."), inner)
+    elif isinstance(value, tuple):
+        for index, inner in enumerate(value):
+            yield from _infinite(f"{path}.{index}", inner)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{path}: {value} is not a finite number; use one"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ from ray_rl.errors import ConfigError
 from ray_rl.tasks import Split
 from ray_rl.tasks.rows import read_rows
 from ray_rl.types import Problem
+from ray_rl.wording import printable, shown
 
 Row = Mapping[str, Any]
 PromptText = str | list[dict[str, str]]
 
 logger = logging.getLogger(__name__)
 _MISSING = object()
+_MOST_PATHS = 20
 
 
 class DatasetTask:
@@ -93,33 +97,35 @@ def lookup(row: Row, path: str) -> Any:
     return lookup(inner, rest)
 
 
-def column_paths(row: Row, prefix: str = "") -> list[str]:
+def column_paths(row: Row, prefix: str = "") -> Iterator[str]:
     """All dotted paths of a row, outer ones before what they contain."""
-    paths: list[str] = []
     for name, value in row.items():
-        paths.append(f"{prefix}{name}")
+        yield f"{prefix}{name}"
         if isinstance(value, Mapping):
-            paths += column_paths(value, f"{prefix}{name}.")
-    return paths
+            yield from column_paths(value, f"{prefix}{name}.")
 
 
-def _column(row: Row, field: str, path: str) -> Any:
+def _column(row: Row, index: int, field: str, path: str) -> Any:
     try:
         return lookup(row, path)
     except KeyError as error:
-        raise ConfigError(f"task.{field}: no column {path!r}; the data has: {', '.join(column_paths(row))}") from error
+        has = ", ".join(map(printable, islice(column_paths(row), _MOST_PATHS))) or "nothing"
+        raise ConfigError(f"task.{field}: row {index}: no column {shown(path)}; it has: {has}") from error
 
 
 def _prompt(config: DatasetTaskConfig, index: int, row: Row) -> PromptText:
-    value = _column(row, "prompt_column", config.prompt_column)
+    value = _column(row, index, "prompt_column", config.prompt_column)
     if isinstance(value, str) and value:
+        _check_text(index, value)
         return f"{config.prompt_prefix}{value}{config.prompt_suffix}"
     messages = _messages(value)
     if not messages:
         raise ConfigError(
             f"task.prompt_column: row {index}: column {config.prompt_column!r} must hold text or messages with role "
-            f"and content, not {_short(value)}"
+            f"and content, not {shown(value)}"
         )
+    for message in messages:
+        _check_text(index, message["content"])
     messages[-1]["content"] = f"{config.prompt_prefix}{messages[-1]['content']}{config.prompt_suffix}"
     return messages
 
@@ -142,18 +148,18 @@ def _messages(value: Any) -> list[dict[str, str]] | None:
 def _answer(config: DatasetTaskConfig, index: int, row: Row) -> str:
     if config.answer_column is None:
         return ""
-    value = _column(row, "answer_column", config.answer_column)
-    if not isinstance(value, (str, int, float)):
+    value = _column(row, index, "answer_column", config.answer_column)
+    if not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
         raise ConfigError(
             f"task.answer_column: row {index}: column {config.answer_column!r} must hold text or a number, not "
-            f"{_short(value)}; a verifier that reads the metadata needs none (answer_column: null)"
+            f"{shown(value)}; a verifier that reads the metadata needs none (answer_column: null)"
         )
     text = str(value)
     if config.answer_marker is None:
         return text
     _, found, answer = text.rpartition(config.answer_marker)
     if not found:
-        raise ConfigError(f"task.answer_marker: row {index}: no {config.answer_marker!r} in the answer {_short(text)}")
+        raise ConfigError(f"task.answer_marker: row {index}: no {config.answer_marker!r} in the answer {shown(text)}")
     return answer.strip()
 
 
@@ -169,6 +175,10 @@ def _key(problem: Problem) -> str:
     return problem.prompt if isinstance(problem.prompt, str) else json.dumps(problem.prompt)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _check_text(index: int, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"task.prompt_column: row {index}: {shown(text)} holds half a character (a lone surrogate); mend the row"
+        ) from error

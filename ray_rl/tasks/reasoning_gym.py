@@ -18,11 +18,23 @@ from ray_rl.errors import ConfigError
 from ray_rl.tasks import Split
 from ray_rl.tasks.lazy import LazyProblems
 from ray_rl.types import Problem
+from ray_rl.wording import one_line, shown
 
 EVAL_ONE_IN = 4
 """One in so many of all questions belongs to the evaluation split: few to lose, and found in a few draws."""
 _MOST_ATTEMPTS = 64
 """Draws for one training problem before the generator is taken to have no training questions."""
+
+_GENERATOR_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What generators raise for options that they don't expect; some look at them only when they make a problem."""
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +81,7 @@ class ReasoningGymTask:
             ConfigError: the generator has too few questions.
         """
         for attempt in range(_MOST_ATTEMPTS):
-            entry = self._source("train", attempt)[index]
+            entry = self._entry("train", attempt, index)
             if split_of(entry["question"]) == "train":
                 return self._problem(f"{self._config.dataset}:train:{index}", entry)
         raise self._too_few("train")
@@ -82,7 +94,7 @@ class ReasoningGymTask:
         patience = wanted + _MOST_ATTEMPTS
         while len(found) < wanted and barren < patience:
             index = attempt % wanted
-            entry = self._source("eval", attempt // wanted)[index]
+            entry = self._entry("eval", attempt // wanted, index)
             attempt += 1
             question = entry["question"]
             if question in found or split_of(question) != "eval":
@@ -113,6 +125,13 @@ class ReasoningGymTask:
             metadata={"entry": dict(entry), "dataset": config.dataset, "options": dict(config.options)},
         )
 
+    def _entry(self, split: Split, attempt: int, index: int) -> Mapping[str, Any]:
+        try:
+            entry: Mapping[str, Any] = self._source(split, attempt)[index]
+        except _GENERATOR_ERRORS as error:
+            raise _refused(self._config.dataset, self._config.options, error) from error
+        return entry
+
     def _source(self, split: Split, attempt: int) -> Any:
         """A generator with a seed of its own. reasoning-gym adds the index to the seed, so near seeds would overlap."""
         if (split, attempt) not in self._sources:
@@ -134,8 +153,12 @@ def _create(name: str, options: Mapping[str, Any], *, seed: int, size: int) -> A
         close = ", ".join(sorted(known for known in DATASETS if known[:3] == name[:3])) or ", ".join(
             sorted(DATASETS)[:8]
         )
-        raise ConfigError(f"task.dataset: reasoning-gym has no {name!r}; it has for instance {close}")
+        raise ConfigError(f"task.dataset: reasoning-gym has no {shown(name)}; it has for instance {close}")
     try:
         return reasoning_gym.create_dataset(name, seed=seed, size=size, **options)
-    except (TypeError, AssertionError, ValueError) as error:
-        raise ConfigError(f"task.options: {name} does not take {dict(options)}: {error}") from error
+    except _GENERATOR_ERRORS as error:
+        raise _refused(name, options, error) from error
+
+
+def _refused(name: str, options: Mapping[str, Any], error: Exception) -> ConfigError:
+    return ConfigError(f"task.options: {name} does not take {shown(dict(options))}: {one_line(error)}")

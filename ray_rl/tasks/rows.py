@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from ray_rl.config.task import DatasetTaskConfig
 from ray_rl.errors import ConfigError
 from ray_rl.tasks import Split
+from ray_rl.wording import one_line, printable
 
 Rows = list[dict[str, Any]]
+
+_MOST_ENTRIES = 100_000
+"""Of a folder of data: more are a whole disk that was named by mistake."""
 
 
 def read_rows(config: DatasetTaskConfig, split: Split) -> Rows:
@@ -24,30 +29,37 @@ def read_rows(config: DatasetTaskConfig, split: Split) -> Rows:
     own_file = split == "eval" and config.eval_path is not None
     field, path = ("eval_path", str(config.eval_path)) if own_file else ("path", config.path)
     name = config.train_split if split == "train" else config.eval_split
-    local = Path(path).expanduser()
-    if local.is_file():
+    local = Path(os.path.expanduser(path))
+    # os.path: what can't be a path (too long, with a null byte) is none, where pathlib would raise.
+    if os.path.isfile(local):
         if split == "eval" and not own_file:
             raise ConfigError(
                 f"task.eval_path: {path} is one file without splits; name the file with the held-out rows"
             )
         return _read_file(field, local)
-    if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
+    if any(os.path.isfile(local / mark) for mark in ("dataset_dict.json", "state.json")):
         return _read_saved(field, local, f"{split}_split", name)
-    if local.is_dir():
-        return _read_folder(local, f"{split}_split", name)
+    if os.path.isdir(local):
+        return _read_folder(field, local, f"{split}_split", name)
     if path.startswith((".", "/", "~")) or local.suffix in _READERS or own_file:
-        raise ConfigError(f"task.{field}: {path} does not exist; name a file, a folder or a Hugging Face dataset")
+        raise ConfigError(f"task.{field}: {printable(path)} does not exist; name a file, a folder or a Hugging Face dataset")
     return _read_hub(config, f"{split}_split", name)
 
 
-def _read_folder(folder: Path, split_field: str, name: str) -> Rows:
+def _read_folder(field: str, folder: Path, split_field: str, name: str) -> Rows:
     """The files that belong to a split by their name (``train.jsonl``, ``train-00000-of-00002.parquet``) or folder."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix in _READERS and path.is_file())
+    try:
+        entries = list(islice(folder.rglob("*"), _MOST_ENTRIES + 1))
+        files = sorted(path for path in entries if path.suffix in _READERS and path.is_file())
+    except OSError as error:
+        raise ConfigError(f"task.{field}: {folder} cannot be read: {one_line(error)}") from error
+    if len(entries) > _MOST_ENTRIES:
+        raise ConfigError(f"task.{field}: {folder} holds more than {_MOST_ENTRIES} files; name the folder of the data")
     chosen = [path for path in files if _belongs(path.relative_to(folder), name)]
     if not chosen:
         found = ", ".join(str(path.relative_to(folder)) for path in files[:8]) or "no .jsonl, .json or .parquet file"
         raise ConfigError(f"task.{split_field}: no file of split {name!r} in {folder}; it has: {found}")
-    return list(chain.from_iterable(_read_file("path", path) for path in chosen))
+    return list(chain.from_iterable(_read_file(field, path) for path in chosen))
 
 
 def _belongs(path: Path, split: str) -> bool:
@@ -60,12 +72,19 @@ def _belongs(path: Path, split: str) -> bool:
 def _read_file(field: str, path: Path) -> Rows:
     reader = _READERS.get(path.suffix)
     if reader is None:
-        raise ConfigError(f"task.{field}: {path} is none of {', '.join(_READERS)}")
-    return list(reader(field, path))
+        raise ConfigError(f"task.{field}: {path} is none of {', '.join(_READERS)}; unpack or convert it")
+    try:
+        return list(reader(field, path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"task.{field}: {path} is not UTF-8 text ({error.reason} at byte {error.start}); unpack or convert it"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"task.{field}: {path} cannot be read: {one_line(error)}") from error
 
 
 def _jsonl(field: str, path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield _object(field, f"{path} line {number}", _parse(field, f"{path} line {number}", line))
@@ -73,20 +92,21 @@ def _jsonl(field: str, path: Path) -> Iterator[dict[str, Any]]:
 
 def _json(field: str, path: Path) -> Iterator[dict[str, Any]]:
     """A list of objects, or (as Hugging Face writes it) one object a line."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         first = file.read(1024).lstrip()[:1]
     if first != "[":
         yield from _jsonl(field, path)
         return
-    for number, row in enumerate(_parse(field, str(path), path.read_text(encoding="utf-8"))):
+    for number, row in enumerate(_parse(field, str(path), path.read_text(encoding="utf-8-sig"))):
         yield _object(field, f"{path} entry {number}", row)
 
 
 def _parse(field: str, where: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"task.{field}: {where}: not valid JSON ({error})") from error
+    # Numbers of thousands of digits are a ValueError of int(), and what never stops nesting exhausts the parser.
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"task.{field}: {where}: not valid JSON ({one_line(error)})") from error
 
 
 def _object(field: str, where: str, value: Any) -> dict[str, Any]:
@@ -100,9 +120,13 @@ def _parquet(field: str, path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
-        yield from pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ConfigError(f"task.{field}: {path}: not a parquet file ({error})") from error
+        # Not memory-mapped, and not by name: pyarrow would read more from the name than a file (partitions, a URI).
+        with path.open("rb") as file:
+            yield from pyarrow.parquet.read_table(file).to_pylist()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"task.{field}: {path}: a text column is not UTF-8 ({error.reason})") from error
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ConfigError(f"task.{field}: {path}: not a parquet file ({one_line(error)})") from error
 
 
 _READERS: dict[str, Callable[[str, Path], Iterator[dict[str, Any]]]] = {
@@ -115,17 +139,24 @@ _READERS: dict[str, Callable[[str, Path], Iterator[dict[str, Any]]]] = {
 def _read_saved(field: str, folder: Path, split_field: str, name: str) -> Rows:
     """What `datasets.save_to_disk` wrote: several splits, or one that serves as every split but the held-out one."""
     import datasets
+    import pyarrow
 
-    saved = datasets.load_from_disk(str(folder))
-    if isinstance(saved, datasets.DatasetDict):
-        if name not in saved:
-            raise ConfigError(f"task.{split_field}: no split {name!r} in {folder}; it has: {', '.join(saved)}")
-        saved = saved[name]
-    elif split_field == "eval_split" and field == "path":
+    try:
+        saved = datasets.load_from_disk(str(folder))
+        if isinstance(saved, datasets.DatasetDict):
+            if name not in saved:
+                raise ConfigError(f"task.{split_field}: no split {name!r} in {folder}; it has: {', '.join(saved)}")
+            saved = saved[name]
+        elif split_field == "eval_split" and field == "path":
+            raise ConfigError(
+                f"task.eval_path: {folder} is one dataset without splits; name the one with the held-out rows"
+            )
+        return saved.to_list()
+    # It stumbles, over whatever it finds, in the middle of reading its own descriptions.
+    except (pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"task.eval_path: {folder} is one dataset without splits; name the one with the held-out rows"
-        )
-    return saved.to_list()
+            f"task.{field}: {folder} is not a whole saved dataset ({type(error).__name__}: {one_line(error)})"
+        ) from error
 
 
 def _read_hub(config: DatasetTaskConfig, split_field: str, name: str) -> Rows:
@@ -135,12 +166,9 @@ def _read_hub(config: DatasetTaskConfig, split_field: str, name: str) -> Rows:
         return datasets.load_dataset(config.path, config.subset, split=name).to_list()
     except ValueError as error:
         # Raised for an unknown split as well as for an unknown or missing subset; the message says which.
-        raise ConfigError(f"task.{split_field}, task.subset: {config.path}: {_one_line(error)}") from error
-    except OSError as error:
+        raise ConfigError(f"task.{split_field}, task.subset: {config.path}: {one_line(error)}") from error
+    # RuntimeError: it is a script, which is somebody else's program.
+    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(
-            f"task.path: {config.path} is neither a local path nor a dataset that could be fetched: {_one_line(error)}"
+            f"task.path: {config.path} is neither a local path nor a dataset that could be fetched: {one_line(error)}"
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -10,7 +11,6 @@ from ray.exceptions import RayTaskError
 
 from actors.reward_actor import (
     RemoteScorer,
-    RewardActorsLost,
     create_reward_actors,
     make_scorer,
     start_reward_actors,
@@ -20,7 +20,6 @@ from actors.scoring import InPlaceScorer
 from ray_rl.config import RunConfig
 from ray_rl.config.orchestration import RewardActorsConfig
 from ray_rl.config.reward import ExactRewardConfig, MathRewardConfig, PythonRewardConfig
-from ray_rl.deadlines import DeadlineExceeded
 from ray_rl.types import Problem, Reward, ScoringItem
 
 pytestmark = pytest.mark.integration
@@ -129,12 +128,43 @@ async def test_a_single_actor_that_dies_gets_its_batch_again_when_it_is_back(cre
     assert reward.parts["actor"] != victim
 
 
-async def test_without_a_living_actor_the_error_names_those_that_died(created, configured):
+async def test_without_a_living_actor_the_items_fail_and_the_reason_names_those_that_died(created, configured, caplog):
     handles = await created(configured(2))
     for handle in handles:
         ray.kill(handle)
-    with pytest.raises(RewardActorsLost, match=r"reward actor 0 died with a batch of 1, then reward actor 1"):
-        await RemoteScorer(handles, 30).score([item()])
+    scorer = RemoteScorer(handles, 30, failure=-1.0)
+    [reward] = await scorer.score([item()])
+    assert reward.value == -1.0
+    assert reward.failure is not None
+    assert reward.failure.startswith("reward actor lost: reward actor 0 with a batch of 1 (")
+    assert ", then reward actor 1 (" in reward.failure
+    assert "\n" not in reward.failure
+    assert "score of 1 items failed: reward actor lost" in caplog.text
+    assert await scorer.final_answers(["a"]) == [""]
+
+
+async def test_a_grader_that_kills_its_actor_costs_its_batch_and_the_actor_comes_back_every_time(created, configured):
+    config = configured(1)
+    scorer = make_scorer(config.reward, await created(config))
+    for _ in range(3):  # each costs two actors: more than a small number of restarts
+        [reward] = await scorer.score([item("os.kill(os.getppid(), 9); time.sleep(9)")])
+        assert reward.value == -1.0
+        assert reward.failure is not None
+        assert reward.failure.startswith("reward actor lost: ")
+        [after] = await scorer.score([item()])
+        assert after.value == 1.0
+
+
+async def test_an_actor_that_cannot_bring_its_graders_up_again_counts_as_lost(created, configured):
+    config = configured(1)
+    scorer = make_scorer(config.reward, await created(config))
+    [victim] = await graders_of(scorer, 1)
+    file = Path(config.reward.function.partition(":")[0])
+    file.write_text(f"import no_such_module\n{GRADER}")
+    psutil.Process(victim).kill()
+    lost = f"{await scorer.score([item()])}"
+    assert "reward actor lost: " in lost
+    assert "grader did not start: ModuleNotFoundError" in lost
 
 
 async def test_work_goes_to_the_actor_with_the_least_of_it(created, configured):
@@ -149,10 +179,13 @@ async def test_work_goes_to_the_actor_with_the_least_of_it(created, configured):
     await slow
 
 
-async def test_a_call_that_takes_too_long_names_the_actor(created, configured):
+async def test_a_batch_that_takes_too_long_fails_and_the_reason_names_the_actor(created, configured):
     handles = await created(configured(1))
-    with pytest.raises(DeadlineExceeded, match=r"waited 0\.5 s for score of 1 items by reward actor 0"):
-        await RemoteScorer(handles, 0.5).score([item("time.sleep(3)")])
+    [reward] = await RemoteScorer(handles, 0.5, failure=-1.0).score([item("time.sleep(3)")])
+    assert reward.value == -1.0
+    assert reward.failure is not None
+    assert reward.failure.startswith("reward actor late: ")
+    assert "0.5 s for score of 1 items by reward actor 0" in reward.failure
 
 
 async def test_a_verifier_that_cannot_be_imported_is_an_error_at_the_start(created, configured):

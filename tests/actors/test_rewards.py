@@ -120,11 +120,33 @@ def test_reasoning_gym_refuses_problems_of_other_tasks():
         ("None", Reward(value=-2.0, failure="not a number: the function's result is of type NoneType")),
         ("{'a': '1'}", Reward(value=-2.0, failure="not a number: part 'a' is of type str")),
         ("{}", Reward(value=-2.0, failure="not a reward: the function returned an empty dict")),
+        ("3", Reward(value=3.0)),
+        ("-0.0", Reward(value=-0.0)),
+        ("numpy.float32(0.5)", Reward(value=0.5)),
+        ("numpy.int64(2)", Reward(value=2.0)),
+        ("numpy.bool_(True)", Reward(value=1.0)),
+        ("numpy.float64('nan')", Reward(value=-2.0, failure="not a finite number: the function's result is nan")),
+        ("numpy.ones(1)", Reward(value=-2.0, failure="not a number: the function's result is of type numpy.ndarray")),
+        ("1j", Reward(value=-2.0, failure="not a number: the function's result is of type complex")),
+        (
+            "numpy.complex128(1)",
+            Reward(value=-2.0, failure="not a number: the function's result is of type numpy.complex128"),
+        ),
+        ("'1.0'", Reward(value=-2.0, failure="not a number: the function's result is of type str")),
+        ("[1.0]", Reward(value=-2.0, failure="not a number: the function's result is of type list")),
+        ("10**400", Reward(value=-2.0, failure="not a finite number: the function's result is too large")),
+        ("{'reward': 1, 'a': float('nan')}", Reward(value=-2.0, failure="not a finite number: part 'a' is nan")),
+        ("{'reward': None, 'a': 1}", Reward(value=-2.0, failure="not a number: part 'reward' is of type NoneType")),
+        (
+            "{'a': 1e308, 'b': 1e308}",
+            Reward(value=-2.0, failure="not a finite number: the sum of the parts is too large"),
+        ),
+        ("{1: True}", Reward(value=1.0, parts={"1": 1.0})),
     ],
 )
 def test_a_python_function_gives_a_number_or_named_parts(tmp_path, returned, reward):
     file = tmp_path / "mine.py"
-    file.write_text(f"def score(prompt, completion, answer, metadata):\n    return {returned}\n")
+    file.write_text(f"import numpy\ndef score(prompt, completion, answer, metadata):\n    return {returned}\n")
     verify = make_verifier(PythonRewardConfig(function=f"{file}:score", failure=-2.0))
     assert verify(item("abc", "12", n=4)) == reward
 
@@ -158,6 +180,8 @@ def test_a_usable_function_is_accepted_without_running_its_file(tmp_path, source
     [
         (None, "no file"),
         ("def score(:", "is not Python"),
+        ("\0", "is not Python"),
+        ("(" * 9000, "is not Python"),
         ("def other(a, b, c, d): ...", "defines no 'score'"),
         ("class A:\n    def score(self, a, b, c): ...", "defines no 'score'"),
         ("async def score(a, b, c, d): ...", "is async"),
@@ -188,3 +212,15 @@ def test_an_unusable_function_is_refused(tmp_path, source, complaint):
 )
 def test_final_answers_are_what_majority_votes_compare(config, text, answer):
     assert final_answer_of(config, text) == answer
+
+
+@pytest.mark.parametrize("place", ["~nobody_of_that_name/x.py", "a" * 5000 + ".py", "no\0file.py", "/proc/1/mem.py"])
+def test_a_place_that_cannot_be_one_holds_no_function(place):
+    with pytest.raises(RewardFunctionError, match=r"^reward\.function: no file "):
+        check_python_function(f"{place}:score")
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "mine.py").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RewardFunctionError, match="is not Python"):
+        check_python_function(f"{tmp_path / 'mine.py'}:score")

@@ -1,13 +1,16 @@
 import asyncio
 import itertools
 import math
+import random
+from collections import Counter
 
 import pytest
 
 from actors.rollout import Rollout, summarize
+from actors.sampling import request_seed
 from actors.scoring import InPlaceScorer
 from ray_rl.config import RunConfig, resolve_config
-from ray_rl.types import Completion, Reward
+from ray_rl.types import Completion, Prompt, Reward
 from tests.fakes import completion, prompt
 
 VOCABULARY = {1: "1", 2: "2", 3: "\n", 4: "#", 5: ""}
@@ -30,11 +33,13 @@ class Engine:
         self.answers = answers
         self.asked: list[tuple[tuple[int, ...], int, int]] = []
         self.priorities: set[int] = set()
+        self.seeds: Counter[tuple[tuple[int, ...], int | None]] = Counter()
         self.turn = {prefix: itertools.cycle(answers) for prefix, answers in answers.items()}
 
-    async def generate(self, token_ids, *, n, max_tokens, temperature=None, priority=0):
+    async def generate(self, token_ids, *, n, max_tokens, temperature=None, priority=0, seeds=None):
         self.asked.append((tuple(token_ids), n, max_tokens))
         self.priorities.add(priority)
+        self.seeds.update((tuple(token_ids), seed) for seed in seeds or [None] * n)
         return tuple(next(self.turn[tuple(token_ids)]) for _ in range(n))
 
 
@@ -82,7 +87,7 @@ def test_fixed_values_wait_for_no_other_completion_of_the_group():
             self.continued = asyncio.Event()
             self.sampled = 0
 
-        async def generate(self, token_ids, *, n, max_tokens, temperature=None, priority=0):
+        async def generate(self, token_ids, *, n, max_tokens, temperature=None, priority=0, seeds=None):
             if len(token_ids) > len(PROMPT):
                 self.continued.set()
             elif n == 1:
@@ -119,6 +124,71 @@ def test_adaptive_values_continue_nothing_when_the_group_is_decided_and_open_sta
     assert [(v.mean, v.count) for v in open_group.trajectories[0].values] == [(3 / 7, 7), (3 / 7, 7)]
 
 
+class Seeded(Engine):
+    """Tokens follow from the seeds; completions come in whatever order `delays` gives."""
+
+    def __init__(self, delays: int) -> None:
+        super().__init__({})
+        self.delays = random.Random(delays)
+
+    async def generate(self, token_ids, *, n, max_tokens, temperature=None, priority=0, seeds=None):
+        self.seeds.update((tuple(token_ids), seed) for seed in seeds or [None] * n)
+        for _ in range(self.delays.randrange(20)):
+            await asyncio.sleep(0)
+        assert seeds is not None
+        rest = {3: (1, 3, 4), 5: (4,)}[len(token_ids)]
+        return tuple(completion((*rest, random.Random(seed).choice((1, 2)), END)) for seed in seeds)
+
+
+def seeds_of(config: RunConfig, *, delays: int = 0, position: int = 3) -> Counter:
+    engine = Seeded(delays)
+    rollout = Rollout(config, engine, InPlaceScorer(config.reward), Codec())
+    asyncio.run(rollout.collect(prompt(position=position, token_ids=PROMPT)))
+    return engine.seeds
+
+
+GRPO = {"values": {"kind": "none"}, "advantage": {"kind": "grpo"}}
+KINDS = [GRPO, {"values": {"num_continuations": 2}}, {"values": ADAPTIVE}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["grpo", "fixed", "adaptive"])
+def test_a_deterministic_group_asks_for_the_same_seeds_each_time_whatever_ends_first(kind):
+    config = resolve_config({"deterministic": True, "rollout": {"group_size": 8, "max_tokens": 8}} | kind)
+    first = seeds_of(config, delays=1)
+    assert all(seeds_of(config, delays=delays) == first for delays in range(2, 8))
+    assert max(first.values()) == 1, "no two requests of a group share a seed"
+    seeds = {seed for _, seed in first}
+    for other in (seeds_of(config, position=4), seeds_of(config.model_copy(update={"seed": 1}))):
+        assert seeds.isdisjoint(seed for _, seed in other)
+
+
+def test_evaluation_has_the_same_seeds_at_each_step_and_others_for_each_problem():
+    config = resolve_config({"deterministic": True})
+    asked = []
+    for position in (0, 0, 1):
+        engine = Engine({PROMPT: [completion(RIGHT)]})
+        rollout = Rollout(config, engine, InPlaceScorer(config.reward), Codec())
+        of_problem = prompt(position=position, token_ids=PROMPT).problem
+        held_out = Prompt(problem=of_problem, position=-1, token_ids=PROMPT)
+        asyncio.run(rollout.evaluate(held_out, samples=2, temperature=1.0))
+        asked.append(engine.seeds)
+    assert asked[0] == asked[1]
+    assert len(asked[0]) == 2
+    assert asked[0].keys().isdisjoint(asked[2])
+
+
+def test_a_request_seed_is_the_same_on_every_machine_and_fits_the_engine():
+    seed = request_seed(0, prompt(position=7), (1, 3), 2)
+    assert seed == 3_192_774_776_794_530_421
+    assert 0 <= seed < 2**63
+
+
+def test_without_deterministic_no_request_has_a_seed():
+    engine = Engine({PROMPT: [completion(RIGHT)], (*PROMPT, 1, 3): [completion((4, 2, END))]})
+    collect(vineppo(), engine)
+    assert {seed for _, seed in engine.seeds} == {None}
+
+
 def test_given_completions_are_valued_without_sampling_them_again():
     config = vineppo()
     engine = Engine({PROMPT: [completion(RIGHT)], (*PROMPT, 1, 3): [completion((4, 2, END)), completion((4, 1, END))]})
@@ -132,7 +202,7 @@ def test_given_completions_are_valued_without_sampling_them_again():
 
 def test_what_an_engine_raises_comes_as_itself():
     class Dead(Engine):
-        async def generate(self, token_ids, *, n, max_tokens, temperature=None, priority=0):
+        async def generate(self, token_ids, *, n, max_tokens, temperature=None, priority=0, seeds=None):
             raise ConnectionError("gone")
 
     with pytest.raises(ConnectionError, match="gone"):

@@ -23,10 +23,12 @@ import os, signal, subprocess, sys, time
 NEVER_ENDING_C_CODE = "9" * 2_000_000
 
 def score(prompt, completion, answer, metadata):
-    exec(completion)
-    return float(answer)
+    given = {**globals(), "answer": answer}
+    exec(completion, given)
+    return float(given["answer"])
 """
 TIMEOUT = 0.8
+CLOSED = "killed by SIGKILL (by the system when memory is short, or because it had closed its connection)"
 
 
 def item(code: str, answer: str = "1") -> ScoringItem:
@@ -59,7 +61,8 @@ def grader_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pool(grader_file):
     """One for all tests, so that each finds it as the failures of the others have left it."""
-    scorer = ProcessPoolScorer(PythonRewardConfig(function=f"{grader_file}:score", failure=-1.0, timeout=TIMEOUT))
+    config = PythonRewardConfig(function=f"{grader_file}:score", failure=-1.0, timeout=TIMEOUT, memory_gib=1.0)
+    scorer = ProcessPoolScorer(config)
     yield scorer
     scorer.close()
 
@@ -84,6 +87,27 @@ FAILING = {
     "a crash": ("os.kill(os.getpid(), signal.SIGSEGV)", "grader process died: killed by SIGSEGV"),
     "an exception": ("raise KeyError('x')", "KeyError: 'x' (<string>, line 1)"),
     "sys.exit": ("sys.exit('enough')", "SystemExit: enough (<string>, line 1)"),
+    "an error of its own": ("class Odd(BaseException): pass\nraise Odd('x')", "Odd: x (<string>, line 2)"),
+    "an error that can't be told": (
+        "class Odd(Exception):\n    def __str__(self): raise ValueError\nraise Odd",
+        "Odd: without a message (ValueError) (<string>, line 3)",
+    ),
+    "an error of several lines": ("raise ValueError('one' + chr(10) + 'two')", "ValueError: one two (<string>, line 1)"),
+    "a stopped process": ("os.kill(os.getpid(), signal.SIGSTOP)", "timeout: no verdict after 0.8 s"),
+    "more memory than there may be": (
+        "bytearray(2**33)",
+        "out of memory: no room (reward.memory_gib is 1; <string>, line 1)",
+    ),
+    "memory bit by bit": (
+        "hoard = []\nwhile True: hoard.append(bytes(2**25))",
+        "out of memory: no room (reward.memory_gib is 1; <string>, line 2)",
+    ),
+    "closed files and a loop": ("os.closerange(0, 256)\nwhile True: pass", f"grader process died: {CLOSED}"),
+    "text in every file": (
+        "for file in range(3, 64):\n    try: os.write(file, b'a line of some log' * 9)\n    except OSError: pass",
+        f"grader process died: {CLOSED}",
+    ),
+    "nan": ("answer = 'nan'", "not a finite number: the function's result is nan"),
 }
 
 
@@ -103,7 +127,54 @@ async def test_a_failed_grading_has_a_name_and_costs_nobody_else_a_reward(pool, 
 async def test_a_result_that_is_no_number_is_a_failure_by_name(pool):
     nan, word = await pool.score([item("", "nan"), item("", "word")])
     assert nan.failure == "not a finite number: the function's result is nan"
-    assert word.failure == "ValueError: could not convert string to float: 'word' (grader.py, line 7)"
+    assert word.failure == "ValueError: could not convert string to float: 'word' (grader.py, line 8)"
+
+
+async def test_the_item_after_one_that_ate_all_memory_has_all_of_it_again(pool):
+    hoarding = "import builtins\nbuiltins.hoard = []\nwhile True: builtins.hoard.append(bytes(2**25))"
+    hoarded, after = await pool.score([item(hoarding), item("bytearray(2**29)")])
+    assert hoarded.failure is not None
+    assert after == Reward(value=1.0)
+
+
+async def test_a_forked_copy_of_the_grader_answers_nothing_and_holds_nobody_up(pool, tmp_path):
+    mark = tmp_path / "copies"
+    fork = f"if os.fork() == 0: answer = '77'; open({str(mark)!r}, 'a').write(f'{{os.getpid()}} ')"
+    rewards = await pool.score([item(fork, "1"), item("time.sleep(0.2)", "2"), item(fork, "3"), item("", "4")])
+    assert [reward.value for reward in rewards] == [1.0, 2.0, 3.0, 4.0]
+    await asyncio.sleep(0.2)
+    copies = [int(pid) for pid in mark.read_text().split()]
+    assert len(copies) == 2
+    for copy in copies:
+        await asyncio.to_thread(wait_for_end, copy)
+
+
+async def test_a_grader_that_dies_is_noticed_although_its_copy_lives_and_the_copy_dies_too(pool, tmp_path):
+    mark = tmp_path / "copy"
+    code = (
+        f"copy = os.fork()\nif copy == 0: time.sleep(600)\n"
+        f"with open({str(mark)!r}, 'w') as file: file.write(str(copy))\nos._exit(5)"
+    )
+    [reward] = await pool.score([item(code)])
+    assert reward.failure == "grader process died: exit code 5"
+    await asyncio.to_thread(wait_for_end, int(mark.read_text()))
+
+
+async def test_an_alarm_that_a_grader_forgot_rings_in_nobody_elses_time(pool):
+    alarm = "signal.signal(signal.SIGALRM, lambda *_: sys.exit('too late')); signal.setitimer(signal.ITIMER_REAL, 0.2)"
+    rewards = await pool.score([item(alarm, "0.25"), item("time.sleep(0.4)", "0.75")])
+    assert rewards == [Reward(value=0.25), Reward(value=0.75)]
+
+
+async def test_a_grader_that_prints_megabytes_is_graded_like_any_other(pool):
+    assert await pool.score([item("for _ in range(8): print('x' * 2**20)", "0.5")]) == [Reward(value=0.5)]
+
+
+async def test_imports_that_take_more_memory_than_allowed_are_an_error_at_the_start(grader_file):
+    scorer = ProcessPoolScorer(PythonRewardConfig(function=f"{grader_file}:score", memory_gib=0.01))
+    with pytest.raises(GraderStartError, match=r"imports take .* GiB of address space \(reward\.memory_gib is 0\.01; "):
+        await scorer.start()
+    scorer.close()
 
 
 async def test_an_item_that_waits_in_the_queue_does_not_use_up_its_time(pool):

@@ -182,7 +182,7 @@ def test_export_is_a_model_that_transformers_loads_with_the_trained_weights(fini
 
 def test_two_runs_side_by_side_do_not_collide_one_of_them_with_two_engines_and_two_ranks_under_zero_3(tmp_path):
     marks = [uuid.uuid4().hex, uuid.uuid4().hex]
-    sizes = [[], ["rollout.actors=2", "learner.ranks=2", "learner.zero_stage=3"]]
+    sizes = [[], ["rollout.num_actors=2", "learner.ranks=2", "learner.zero_stage=3"]]
     processes = [
         start(
             "train", "laptop-grpo", *(o for o in SMALL if not o.startswith("values")), "training.steps=2",

@@ -67,6 +67,28 @@ def test_n_completions_differ_and_keep_the_token_limit(tiny: RunningEngine) -> N
         assert completion.finished or len(completion.token_ids) == 6
 
 
+def test_the_same_seeds_give_the_same_tokens_whatever_else_runs(tiny: RunningEngine) -> None:
+    def tokens(seeds: list[int]) -> list[tuple[int, ...]]:
+        generated = tiny.run(tiny.engine.generate(PROMPT, n=len(seeds), max_tokens=20, seeds=seeds))
+        return [completion.token_ids for completion in generated]
+
+    async def beside_others() -> list[tuple[int, ...]]:
+        asked = [
+            tiny.engine.generate(PROMPT[:12], n=3, max_tokens=10),
+            tiny.engine.generate(PROMPT, n=2, max_tokens=30),
+        ]
+        seeded = tiny.engine.generate(PROMPT, n=3, max_tokens=20, seeds=[2**62, 7, 8])
+        *_, generated = await asyncio.gather(*asked, seeded)
+        return [completion.token_ids for completion in generated]
+
+    first = tokens([2**62, 7, 8])
+    assert len(set(first)) == 3
+    assert tokens([8, 2**62]) == [first[2], first[0]]
+    assert tiny.run(beside_others()) == first
+    with pytest.raises(ValueError, match="1 seeds for 2 completions"):
+        tiny.run(tiny.engine.generate(PROMPT, n=2, max_tokens=2, seeds=[1]))
+
+
 def test_every_token_carries_policy_version_zero_at_the_start(tiny: RunningEngine) -> None:
     (completion,) = tiny.run(tiny.engine.generate(PROMPT, n=1, max_tokens=6))
     spans = [(span.version, span.start, span.end) for span in completion.versions]

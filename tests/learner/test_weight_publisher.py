@@ -12,6 +12,7 @@ from torch import Tensor
 
 from learner import weight_publisher
 from learner.weight_publisher import ObjectStorePublisher, make_probe
+from ray_rl.errors import NotWritten
 from ray_rl.weight_file import NodeWeightFile
 from ray_rl.weight_manifest import ObjectStorePayload, WeightManifest, digest_bytes
 
@@ -52,11 +53,13 @@ class FakeStore:
         return len(self.objects) - 1
 
 
-def publisher(engine: FakeEngine, store: FakeStore, folder: Path, *, here: bool = True, elsewhere: bool = True):
-    files = NodeWeightFile("run", folder)
-    return ObjectStorePublisher(
-        engine, files, chunk_mib=1, timeout=5, engines_here=here, engines_elsewhere=elsewhere, put=store.put
-    )
+def publisher(engine: FakeEngine, store: FakeStore, folder: Path) -> ObjectStorePublisher:
+    return ObjectStorePublisher(engine, NodeWeightFile("run", folder), chunk_mib=1, timeout=5, put=store.put)
+
+
+def home(folder: Path) -> str:
+    """Of an engine that sees the publisher's files."""
+    return NodeWeightFile("run", folder).identity
 
 
 def published(
@@ -64,7 +67,7 @@ def published(
 ) -> tuple[FakeEngine, FakeStore, ObjectStorePayload]:
     monkeypatch.setattr(weight_publisher, "_MIB", chunk_bytes)
     engine, store = FakeEngine(), FakeStore()
-    payload = publisher(engine, store, folder).publish(3)
+    payload = publisher(engine, store, folder).publish(3, [home(folder)], stored=True)
     assert payload is not None
     return engine, store, payload
 
@@ -95,27 +98,64 @@ def test_file_chunks_and_manifest_give_every_tensor_back_bit_for_bit(
 
 def test_engines_that_see_the_file_need_no_objects(tmp_path: Path) -> None:
     store = FakeStore()
-    payload = publisher(FakeEngine(), store, tmp_path, elsewhere=False).publish(3)
+    payload = publisher(FakeEngine(), store, tmp_path).publish(3, [home(tmp_path)] * 2, stored=False)
     assert payload is not None
+    assert payload.home == home(tmp_path)
     assert payload.chunks == ()
     assert store.objects == []
     tensors_of((tmp_path / "ray-rl-run-v3.bin").read_bytes(), payload)
 
 
-def test_without_an_engine_on_the_learners_node_no_file_stays(tmp_path: Path) -> None:
+def test_an_engine_elsewhere_gets_objects_and_the_file_stays_for_the_one_here(tmp_path: Path) -> None:
     store = FakeStore()
-    payload = publisher(FakeEngine(), store, tmp_path, here=False).publish(3)
+    payload = publisher(FakeEngine(), store, tmp_path).publish(3, [home(tmp_path), "elsewhere"], stored=False)
+    assert payload is not None
+    content = b"".join(chunk.tobytes() for chunk in store.objects)
+    assert (tmp_path / "ray-rl-run-v3.bin").read_bytes() == content
+    tensors_of(content, payload)
+
+
+@pytest.mark.parametrize(("homes", "stored"), [(["elsewhere"], False), (["elsewhere"], True), ([], True)])
+def test_with_objects_and_without_an_engine_on_the_learners_node_no_file_stays(
+    homes: list[str], stored: bool, tmp_path: Path
+) -> None:
+    store = FakeStore()
+    payload = publisher(FakeEngine(), store, tmp_path).publish(3, homes, stored=stored)
     assert payload is not None
     tensors_of(b"".join(chunk.tobytes() for chunk in store.objects), payload)
-    assert not list(tmp_path.glob("*.bin")) + list(tmp_path.glob("*.spare"))
+    assert not list(tmp_path.glob("*.bin")) + list(tmp_path.glob("*.partial"))
+
+
+def test_when_all_engines_are_gone_the_file_stays_for_those_that_replace_them_here(tmp_path: Path) -> None:
+    payload = publisher(FakeEngine(), FakeStore(), tmp_path).publish(3, [], stored=False)
+    assert payload is not None
+    assert payload.chunks == ()
+    tensors_of((tmp_path / "ray-rl-run-v3.bin").read_bytes(), payload)
+
+
+def test_engines_may_come_and_go_between_publications(tmp_path: Path) -> None:
+    ours, store = publisher(FakeEngine(), FakeStore(), tmp_path), FakeStore()
+    ours._put = store.put
+    chunks = []
+    for version, homes in enumerate([[home(tmp_path)], ["elsewhere"], [home(tmp_path)]]):
+        payload = ours.publish(version, homes, stored=False)
+        assert payload is not None
+        chunks.append(bool(payload.chunks))
+        content = (
+            b"".join(chunk.tobytes() for chunk in store.objects)
+            or (tmp_path / f"ray-rl-run-v{version}.bin").read_bytes()
+        )
+        tensors_of(content, payload)
+        store.objects.clear()
+    assert chunks == [False, True, False]
 
 
 def test_a_version_published_again_holds_the_weights_of_now(tmp_path: Path) -> None:
     engine = FakeEngine()
-    first = publisher(engine, FakeStore(), tmp_path)
-    first.publish(3)
+    ours = publisher(engine, FakeStore(), tmp_path)
+    ours.publish(3, [home(tmp_path)], stored=False)
     engine.parameters = {"embedding": torch.full((2, 2), 7.0)}
-    again = first.publish(3)
+    again = ours.publish(3, [home(tmp_path)], stored=False)
     assert again is not None
     tensors = tensors_of((tmp_path / "ray-rl-run-v3.bin").read_bytes(), again)
     assert torch.equal(tensors["embedding"], engine.parameters["embedding"])
@@ -150,33 +190,36 @@ def test_the_probe_carries_the_learners_logprobs_of_a_fixed_prompt() -> None:
 
 def test_other_ranks_take_part_in_gathering_and_publish_nothing(tmp_path: Path) -> None:
     engine, store = FakeEngine(rank=1), FakeStore()
-    assert publisher(engine, store, tmp_path).publish(3) is None
+    assert publisher(engine, store, tmp_path).publish(3, [home(tmp_path)], stored=True) is None
     assert not list(tmp_path.glob("*.bin"))
     assert engine.gathered == len(engine.parameters)
     assert store.objects == []
 
 
-def test_version_after_version_is_written_into_the_same_memory(tmp_path: Path) -> None:
+def test_version_after_version_is_written_into_the_same_memory_through_one_mapping(tmp_path: Path) -> None:
     engine = FakeEngine()
     files = NodeWeightFile("run", tmp_path)
-    ours = ObjectStorePublisher(engine, files, chunk_mib=1, timeout=5, engines_here=True, engines_elsewhere=False)
-    places = set()
+    ours = ObjectStorePublisher(engine, files, chunk_mib=1, timeout=5)
+    places, mappings = set(), set()
     for version in range(3):
         engine.parameters = {name: tensor + version for name, tensor in engine.parameters.items()}
-        payload = ours.publish(version)
+        payload = ours.publish(version, [files.identity], stored=False)
         assert payload is not None
         content = files.path(version)
         tensors = tensors_of(content.read_bytes(), payload)
         assert all(torch.equal(tensors[name], tensor) for name, tensor in engine.parameters.items())
         places.add(content.stat().st_ino)
-        files.discard(version)
-    assert len(places) == 1
+        assert ours._mapping is not None
+        mappings.add(ours._mapping[1].ctypes.data)
+    assert len(places) == len(mappings) == 1
+    assert [path.name for path in tmp_path.glob("*-v*")] == ["ray-rl-run-v2.bin"]
 
 
 def test_a_memory_that_is_too_small_is_an_error_and_no_signal(tmp_path: Path) -> None:
     files = NodeWeightFile("run", tmp_path)
     engine = FakeEngine()
     engine.parameter_bytes = lambda: [10**18]  # more than any memory has
-    ours = ObjectStorePublisher(engine, files, chunk_mib=1, timeout=5, engines_here=True, engines_elsewhere=False)
-    with pytest.raises(OSError, match="shared memory failed"):
-        ours.publish(1)
+    ours = ObjectStorePublisher(engine, files, chunk_mib=1, timeout=5)
+    with pytest.raises(NotWritten, match="shared memory"):
+        ours.publish(1, [files.identity], stored=False)
+    assert not list(tmp_path.glob("*-v*"))

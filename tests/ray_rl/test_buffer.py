@@ -92,10 +92,12 @@ async def test_decided_groups_are_kept_unless_asked_otherwise():
 
 
 async def test_drop_takes_decided_groups_out_of_their_batch_and_replaces_none():
-    buffer = StalenessBuffer(batch=3, max_staleness=0, total=6, decided="drop")
+    dropped: list[tuple[int, str]] = []
+    note = lambda position, reason: dropped.append((position, reason))  # noqa: E731
+    buffer = StalenessBuffer(batch=3, max_staleness=0, total=6, decided="drop", on_drop=note)
     await fill(buffer, UNEQUAL, EQUAL, UNEQUAL)
     assert positions(await buffer.take(version=0)) == ([0, 2], [1])
-    assert (buffer.dropped, buffer.dropped_positions) == ({"decided": 1}, {1})
+    assert (buffer.dropped, dropped) == ({"decided": 1}, [(1, "decided")])
     assert await admits_nothing(buffer)
     await buffer.release()
     await fill(buffer, EQUAL, EQUAL, EQUAL, first=3, version=1)
@@ -109,7 +111,7 @@ async def test_refill_samples_another_group_for_each_decided_one_before_the_batc
     await fill(buffer, EQUAL, UNEQUAL, EQUAL, UNEQUAL)
     assert await admits_nothing(buffer)
     assert positions(await buffer.take(version=0)) == ([1, 3], [0, 2])
-    assert (buffer.dropped, buffer.dropped_positions) == ({"decided": 2}, {0, 2})
+    assert buffer.dropped == {"decided": 2}
     await buffer.release()
     assert await admits_nothing(buffer)
 
@@ -148,3 +150,61 @@ async def test_what_was_dropped_is_told_with_the_next_batch_and_only_once():
     assert positions(batch) == ([3], [])
     assert [summary.position for summary in batch.stale] == [2]
     assert buffer.dropped == {"decided": 1, "stale": 1}
+
+
+async def test_a_batch_that_was_not_trained_goes_first_again_and_its_lost_groups_are_replaced():
+    buffer = StalenessBuffer(batch=2, max_staleness=1, total=4)
+    await fill(buffer, UNEQUAL, UNEQUAL, UNEQUAL)
+    batch = await buffer.take(version=0)
+    await buffer.give_back(batch, lost=[1])
+    assert positions(await buffer.take(version=0)) == ([0, 2], [])
+    await buffer.release()
+    await fill(buffer, UNEQUAL, UNEQUAL, first=3)
+    assert await admits_nothing(buffer)
+
+
+async def test_what_was_dropped_from_a_batch_in_vain_is_told_with_the_next_one():
+    buffer = StalenessBuffer(batch=2, max_staleness=0, decided="drop")
+    await fill(buffer, EQUAL, UNEQUAL)
+    await buffer.give_back(await buffer.take(version=0))
+    await fill(buffer, UNEQUAL, first=2)
+    assert positions(await buffer.take(version=0)) == ([1, 2], [0])
+
+
+async def test_undone_versions_leave_and_their_steps_are_wanted_again():
+    buffer = StalenessBuffer(batch=1, max_staleness=2, total=4)
+    for position, version in ((0, 1), (1, 2), (2, 3)):
+        await buffer.admit()
+        await buffer.put(collected(position, version=version))
+    await buffer.take(version=1)
+    await buffer.release()
+    assert await buffer.undo(version=2, steps=1) == (2,)
+    assert buffer.depth == 1
+    await asyncio.wait_for(buffer.admit(), 0.1)  # for the one that left
+    await asyncio.wait_for(buffer.admit(), 0.1)  # one of two: the last of the run, and the step that is done again
+    assert await admits_nothing(buffer)
+
+
+async def test_a_group_of_an_undone_version_is_refused_until_that_version_is_published_again():
+    buffer = StalenessBuffer(batch=1, max_staleness=0, total=1)
+    buffer.expect(1)
+    await buffer.admit()
+    assert not await buffer.put(collected(0, version=2))
+    await buffer.admit()
+    assert await buffer.put(collected(0, version=1))
+
+
+async def test_a_prompt_that_is_given_up_makes_room_for_another():
+    buffer = StalenessBuffer(batch=1, max_staleness=0, total=1)
+    await buffer.admit()
+    assert await admits_nothing(buffer)
+    await buffer.give_up()
+    await asyncio.wait_for(buffer.admit(), 0.1)
+
+
+async def test_a_batch_is_in_the_order_of_the_stream_however_it_came():
+    buffer = StalenessBuffer(batch=3, max_staleness=0)
+    for position in (2, 0, 1):
+        await buffer.admit()
+        await buffer.put(collected(position, version=0))
+    assert positions(await buffer.take(version=0)) == ([0, 1, 2], [])

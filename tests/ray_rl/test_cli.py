@@ -1,13 +1,18 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from ray_rl.cli import app
 from ray_rl.config import RunConfig, resolve_config
 from ray_rl.config.load import recipe_names
-from ray_rl.run_state import RunFolder, RunState
+from ray_rl.run_report import RunReport
+from ray_rl.run_state import RunFolder, RunState, Start
 
 
 def ray_rl(*arguments: str) -> subprocess.CompletedProcess:
@@ -34,6 +39,11 @@ def ray_rl(*arguments: str) -> subprocess.CompletedProcess:
         (("evaluate", "laptop-grpo", "--checkpoint", "3"), "error: --checkpoint: only a run has checkpoints"),
         (("evaluate", "laptop-grpo", "--json", "/nowhere/x"), "error: --json: /nowhere is not a folder"),
         (("export", "/nowhere", "/tmp/x"), "error: /nowhere: not a run folder"),
+        (("status", "/nowhere"), "error: /nowhere: not a run folder"),
+        (("scale", "/nowhere", "2"), "error: /nowhere: not a run folder"),
+        (("scale", "/nowhere", "-1"), "error: N: -1 rollout actors; use at least 1"),
+        (("doctor", "nowhere"), "error: recipe: nowhere is neither a file nor a shipped recipe"),
+        (("train", "laptop-grpo", "ray.address=127.0.0.1:1"), "error: ray.address: no Ray answers at 127.0.0.1:1"),
         (("bench", "no-such-case"), "error: no-such-case: no such case"),
     ],
 )
@@ -98,3 +108,38 @@ def test_resuming_a_run_that_another_process_holds_leaves_its_folder_alone(tmp_p
     assert done.returncode == 2
     assert "is using this run" in done.stderr
     assert (folder.path / "config.yaml").is_file()
+
+
+def test_the_doctor_says_what_it_found_and_that_nothing_is_in_the_way():
+    done = ray_rl("doctor", "laptop-vineppo")
+    assert done.returncode == 0, done.stdout
+    for check in ("Python", "packages", "vLLM", "memory", "ports", "model.path"):
+        assert check in done.stdout
+
+
+def test_the_doctors_exit_code_tells_of_a_fault():
+    done = ray_rl("doctor", "laptop-vineppo", "ray.address=127.0.0.1:1")
+    assert done.returncode == 1
+    assert "fault" in done.stdout
+    assert "refused" in done.stdout
+
+
+def test_a_recipe_that_cannot_work_here_leaves_no_run_folder(tmp_path):
+    done = ray_rl("train", "laptop-grpo", "ray.address=127.0.0.1:1", "--run-dir", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_says_what_is_wrong_with_the_others(tmp_path, monkeypatch):
+    folder = RunFolder.create(tmp_path / "run", RunConfig())
+    notes = ("step 4 is damaged; going on from step 2",)
+    start = Start(state=replace(RunState.new(0), step=2), notes=notes)
+    monkeypatch.setattr(RunFolder, "find_start", lambda self: start)
+    started = []
+    launch = ModuleType("ray_rl.launch")
+    launch.train = lambda config, folder, state: started.append(state.step) or RunReport(name="", folder="")
+    monkeypatch.setitem(sys.modules, "ray_rl.launch", launch)
+    done = CliRunner().invoke(app, ["train", "--resume", str(folder.path)])
+    assert done.exit_code == 0, done.output
+    assert started == [2]
+    assert "warning: step 4 is damaged; going on from step 2" in done.output

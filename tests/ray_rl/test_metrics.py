@@ -106,6 +106,23 @@ def test_staleness_counts_from_the_oldest_version_of_a_group():
     assert metrics["staleness/max"] == 2.0
 
 
+def test_groups_that_mix_versions_are_counted_and_the_mixture_is_measured():
+    groups = [
+        summary(version=5),
+        summary(oldest_version=3, newest_version=5),
+        summary(oldest_version=4, newest_version=5),
+    ]
+    metrics = step_metrics(
+        [*groups, summary(version=2)], version=5, stale=[summary(oldest_version=0, newest_version=5)]
+    )
+    assert (metrics["staleness/mixed_fraction"], metrics["staleness/spread_max"]) == (0.5, 2)
+
+
+def test_a_group_of_one_version_mixes_nothing_however_old_it_is():
+    metrics = step_metrics([summary(version=3)], version=5)
+    assert (metrics["staleness/mixed_fraction"], metrics["staleness/spread_max"]) == (0, 0)
+
+
 def test_shares_of_continuations_weigh_groups_by_their_tokens():
     groups = [
         summary(cost=cost(primary=10, continuation=30, states=2, prefix=100, cached=50)),

@@ -106,3 +106,30 @@ def test_a_prompt_without_tokens_is_refused():
 def test_what_the_tokenizer_cannot_express_names_the_problem():
     with pytest.raises(ConfigError, match=r"^model\.chat_template: .*row9"):
         encode_problem(Characters(), problem("row9"), position=0, max_tokens=9, use_chat_template=True)
+
+
+def test_a_look_ahead_finds_what_cannot_be_encoded_and_does_not_move_the_stream():
+    def only_the_first_eight(row: Problem, *, position: int) -> Prompt:
+        if row.problem_id == "p8":
+            raise ConfigError("task: too long")
+        return encode(row, position=position)
+
+    problems = [problem(f"p{index}") for index in range(10)]
+    whole = PromptStream(problems, only_the_first_eight, seed=0, shuffle=True, position=3)
+    with pytest.raises(ConfigError, match="too long"):
+        whole.check(60)
+    assert whole.position == 3
+    PromptStream(problems, only_the_first_eight, seed=0, shuffle=False).check(0)
+
+
+def test_a_prompt_of_megabytes_is_too_long_before_it_is_encoded():
+    class Never:
+        def encode_prompt(self, prompt, *, system_prompt=None, use_chat_template=None) -> tuple[int, ...]:
+            raise AssertionError("it was encoded")
+
+    for prompt in ("x" * 10**7, [{"role": "user", "content": "x" * 10**7}]):
+        row = Problem(problem_id="p0", prompt=prompt, answer="")
+        with pytest.raises(
+            ConfigError, match=r"^model\.max_model_len: the prompt of problem p0 has 10000000 characters"
+        ):
+            encode_problem(Never(), row, position=0, max_tokens=128)

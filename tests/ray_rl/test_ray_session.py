@@ -1,6 +1,7 @@
 """Errors of actors and of groups of tasks come out as what they were; no Ray is started here."""
 
 import asyncio
+import threading
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
@@ -8,7 +9,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray_rl.config import resolve_config
 from ray_rl.deadlines import DeadlineExceeded, wait
 from ray_rl.errors import ConfigError, RunError
-from ray_rl.ray_session import placement_seconds, ray_session, run_to_end
+from ray_rl.ray_session import call_within, own_cpus, placement_seconds, ray_session, run_to_end
 
 
 def of_an_actor(cause: Exception) -> Exception:
@@ -35,7 +36,7 @@ def test_an_error_out_of_a_group_of_tasks_is_told_in_its_own_line(wrapped):
     work = in_a_group(of_an_actor(error)) if wrapped else late()
     with pytest.raises(RunError if wrapped else DeadlineExceeded) as raised:
         run_to_end(work)
-    assert str(raised.value) == ("plain" if wrapped else "waited 0.01 s for an engine, and it did not come")
+    assert str(raised.value).startswith("plain" if wrapped else "waited 0.01 s for an engine, and it did not come")
 
 
 def test_an_actors_run_error_is_told_without_its_traceback():
@@ -79,7 +80,7 @@ def test_a_ray_of_the_runs_own_is_not_waited_for_but_a_cluster_may_grow(monkeypa
     monkeypatch.delenv("RAY_JOB_ID", raising=False)
     assert placement_seconds(resolve_config({})) < 10
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert placement_seconds(resolve_config({})) == 300
+    assert placement_seconds(resolve_config({"ray": {"placement_timeout": 300}})) == 300
 
 
 def test_a_cluster_that_is_not_there_is_the_users_mistake_and_known_at_once():
@@ -87,3 +88,20 @@ def test_a_cluster_that_is_not_there_is_the_users_mistake_and_known_at_once():
     line = r"^ray.address: no Ray cluster could be joined at 127.0.0.1:1: .*refused"
     with pytest.raises(ConfigError, match=line), ray_session(config):
         pass
+
+
+def test_a_ray_of_the_runs_own_has_room_for_more_actors_than_the_recipe_asks_for():
+    assert own_cpus(resolve_config({})) == 1 + 16
+    assert own_cpus(resolve_config({"rollout": {"num_actors": 40}})) == 1 + 40
+    assert own_cpus(resolve_config({"ray": {"num_cpus": 3}})) == 3
+
+
+def test_a_call_that_knows_no_deadline_gets_one():
+    assert call_within(lambda: 3, 5, what="a number") == 3
+    with pytest.raises(DeadlineExceeded, match=r"^waited 0.01 s for an answer"):
+        call_within(threading.Event().wait, 0.01, what="an answer")
+
+
+def test_what_a_call_with_a_deadline_raises_is_its_own():
+    with pytest.raises(ZeroDivisionError):
+        call_within(lambda: 1 // 0, 5, what="a number")

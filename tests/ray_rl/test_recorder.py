@@ -3,12 +3,14 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
+from ray_rl.errors import NotWritten
 from ray_rl.recorder import GroupRecorder, read_groups
 from ray_rl.types import Continuation, GroupCost, Reward, StateValue, Trajectory, TrajectoryGroup
-from tests.fakes import completion, prompt, summary
+from tests.fakes import completion, problem, prompt, summary
 
 
 class Words:
@@ -127,3 +129,36 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path):
     path = tmp_path / "groups.jsonl"
     path.write_text('{"step": 1}\n{"step": 2')
     assert [line["step"] for line in read_groups(path)] == [1]
+
+
+def test_groups_of_undone_steps_are_taken_back_amid_the_run(tmp_path):
+    path = tmp_path / "groups.jsonl"
+    recorder = GroupRecorder(path, 2, Words())
+    for step in (1, 2, 2, 3):
+        recorder.write(step, group(), [(0.0,) * 4, None])
+    recorder.rewind(1)
+    recorder.write(2, group(), [(0.0,) * 4, None])
+    assert [line["step"] for line in read_groups(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 2, "prompt": "\xc3', b"\x00\xff\xfe", b"\xff\n", b""])
+def test_whatever_an_accident_left_is_cut_when_the_run_goes_on(tmp_path, tail):
+    path = tmp_path / "groups.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + tail)
+    if not tail.endswith(b"\n"):
+        assert [line["step"] for line in read_groups(path)] == [1]
+    GroupRecorder(path, 2, Words(), resume_step=5).write(2, group(), [(0.0,) * 4, None])
+    assert [line["step"] for line in read_groups(path)] == [1, 2]
+
+
+def test_a_folder_that_is_gone_is_said(tmp_path):
+    with pytest.raises(NotWritten, match=r"groups\.jsonl: could not be written: No such file or directory"):
+        GroupRecorder(tmp_path / "gone" / "groups.jsonl", 2, Words()).write(1, group(), [(0.0,) * 4, None])
+
+
+def test_text_that_no_encoding_has_reads_back(tmp_path):
+    lone = replace(group(), prompt=replace(prompt(4), problem=problem("p4", "half a pair: \ud800 é")))
+    recorder = GroupRecorder(tmp_path / "groups.jsonl", 2, Words())
+    recorder.write(1, lone, [(0.0,) * 4, None])
+    (line,) = read_groups(tmp_path / "groups.jsonl")
+    assert line["prompt"] == "half a pair: \ud800 é"

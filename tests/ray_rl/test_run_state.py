@@ -1,19 +1,35 @@
 """The run folder: whole checkpoints or none, and one user at a time."""
 
+import hashlib
+import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ray_rl.config import ConfigError, RunConfig, resolve_config
+from ray_rl.deadlines import DeadlineExceeded
+from ray_rl.errors import NotWritten, RunError
 from ray_rl.run_state import RunFolder, RunState
+from tests.little_room import with_little_room
 
 
 def state(step: int) -> RunState:
-    return RunState(step=step, policy_version=step, position=4 * step, pending_positions=(1, 5), seed=3)
+    return RunState(
+        step=step,
+        policy_version=step,
+        position=4 * step,
+        pending_positions=(1, 5),
+        seed=3,
+        trained=3 * step,
+        dropped={"stale": step},
+    )
 
 
 @pytest.fixture
@@ -22,8 +38,17 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def save(folder: RunFolder, step: int) -> None:
-    with folder.new_checkpoint(state(step)) as path:
-        (path / "policy").mkdir()
+    with folder.new_checkpoint(state(step)) as new:
+        for name, size in {"learner/rank_0": 9000, "learner/rank_1": 50, "policy/weights": 5000}.items():
+            (new.path / name).parent.mkdir(exist_ok=True)
+            (new.path / name).write_bytes(bytes(size))
+
+
+@pytest.fixture
+def saved(folder: RunFolder) -> RunFolder:
+    for step in (4, 8):
+        save(folder, step)
+    return folder
 
 
 def test_the_resolved_configuration_reads_back(tmp_path):
@@ -31,6 +56,14 @@ def test_the_resolved_configuration_reads_back(tmp_path):
     folder = RunFolder.create(tmp_path / "run", config)
     assert resolve_config(RunFolder.open(tmp_path / "run").config_data()) == config
     assert folder.path.is_absolute()
+
+
+@pytest.mark.parametrize("content", [b"", b"a: [", b"\x00\xff\x89", b"words", b"- 1\n"])
+def test_a_damaged_configuration_is_one_line(folder, content):
+    (folder.path / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml: ") as caught:
+        folder.config_data()
+    assert "\n" not in str(caught.value)
 
 
 def test_without_a_path_runs_get_folders_of_their_own_even_in_the_same_second(tmp_path, monkeypatch):
@@ -56,66 +89,245 @@ def test_a_folder_with_a_run_in_it_is_refused_with_the_way_to_go_on(folder):
         RunFolder.create(folder.path, RunConfig())
 
 
+def test_a_place_that_takes_no_folder_is_said(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotWritten, match=r"file/run: could not be written: Not a directory"):
+        RunFolder.create(tmp_path / "file" / "run", RunConfig())
+
+
 def test_what_is_no_run_cannot_be_opened(tmp_path):
     with pytest.raises(ConfigError, match=r"not a run folder"):
         RunFolder.open(tmp_path)
 
 
-def test_a_run_without_checkpoints_resumes_from_nothing_with_its_seed(folder):
-    assert folder.latest_state() == RunState.new(3)
+def test_a_run_without_checkpoints_goes_on_from_nothing_with_its_seed(folder):
+    assert folder.find_start().state == RunState.new(3)
+    assert folder.find_start().notes == ()
 
 
 def test_a_checkpoint_holds_the_state(folder):
     save(folder, 2)
     save(folder, 10)
     assert folder.steps() == [2, 10]
-    assert folder.latest_state() == state(10)
+    assert folder.find_start().state == folder.latest_state() == state(10)
+    assert folder.find_start().notes == ()
     assert folder.state(2) == state(2)
     assert folder.policy() == folder.checkpoint(10) / "policy"
     assert folder.policy(2) == folder.checkpoint(2) / "policy"
 
 
-def test_a_checkpoint_that_failed_amid_is_none(folder):
+def test_a_checkpoint_that_was_sealed_before_its_end_is_the_same(folder):
+    with folder.new_checkpoint(state(1)) as new:
+        (new.path / "weights").write_bytes(b"weights")
+        assert list(new.seal()) == ["weights"]
+    assert folder.find_start().state == state(1)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-12])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def garble(path: Path) -> None:
+    path.write_bytes(b"\x89PNG\r\n\x1a\n\x00")
+
+
+def be_of_another_step(path: Path) -> None:
+    path.write_bytes((path.parent.parent / "step_4" / "manifest.json").read_bytes())
+
+
+ACCIDENTS: list[tuple[str, Callable[[Path], None], str]] = [
+    ("learner/rank_0", cut, "learner/rank_0 is 12 bytes shorter than it was written"),
+    ("learner/rank_0", flip, "learner/rank_0 is not what was written"),
+    ("policy/weights", Path.unlink, "policy/weights is missing"),
+    ("manifest.json", half, "manifest.json is not what was written"),
+    ("manifest.json", garble, "manifest.json is not what was written"),
+    ("manifest.json", lambda path: path.write_bytes(b""), "manifest.json is not what was written"),
+    ("manifest.json", lambda path: path.write_text("{}"), "manifest.json holds no state of a run"),
+    ("manifest.json", lambda path: path.write_text('{"step": "x"}'), "manifest.json holds no state of a run"),
+    ("manifest.json", lambda path: path.write_text("[[]]"), "manifest.json is not what was written"),
+    ("manifest.json", Path.unlink, "manifest.json is missing"),
+    ("manifest.json", be_of_another_step, "manifest.json is that of step 4"),
+]
+
+
+@pytest.mark.parametrize(("name", "accident", "said"), ACCIDENTS)
+def test_the_newest_whole_checkpoint_is_used_and_what_is_wrong_with_newer_ones_is_said(saved, name, accident, said):
+    accident(saved.checkpoint(8) / name)
+    start = saved.find_start()
+    assert start.state == state(4)
+    assert start.notes == (f"step 8: {said}; going on from step 4",)
+
+
+def test_several_damaged_checkpoints_are_each_said(saved):
+    save(saved, 12)
+    cut(saved.checkpoint(8) / "policy/weights")
+    garble(saved.checkpoint(12) / "manifest.json")
+    start = saved.find_start()
+    assert start.state == state(4)
+    assert [note.partition(":")[0] for note in start.notes] == ["step 12", "step 8"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_unasked(saved):
+    for step in (4, 8):
+        cut(saved.checkpoint(step) / "learner/rank_0")
+    with pytest.raises(RunError, match=r"no checkpoint is whole: step 8: .*; step 4: .*; bring one back from a copy"):
+        saved.find_start()
+
+
+def test_a_state_whose_manifest_is_damaged_is_one_line(saved):
+    half(saved.checkpoint(8) / "manifest.json")
+    with pytest.raises(ConfigError, match=r"step_8: manifest\.json is not what was written"):
+        saved.state(8)
+
+
+def test_the_newest_whole_policy_is_used_and_another_one_warned_of(saved, caplog):
+    flip(saved.checkpoint(8) / "policy/weights")
+    with caplog.at_level(logging.WARNING):
+        assert saved.policy() == saved.checkpoint(4) / "policy"
+    assert "step 8: policy/weights is not what was written; using step 4" in caplog.text
+    with pytest.raises(ConfigError, match=r"step_8: policy/weights is not what was written; use another step"):
+        saved.policy(8)
+
+
+def test_a_policy_needs_no_learner(saved):
+    cut(saved.checkpoint(8) / "learner/rank_0")
+    assert saved.policy() == saved.policy(8) == saved.checkpoint(8) / "policy"
+
+
+def test_no_whole_policy_is_one_line(saved):
+    for step in (4, 8):
+        (saved.checkpoint(step) / "policy/weights").unlink()
+    with pytest.raises(ConfigError, match=r"step 8: policy/weights is missing; step 4: policy/weights is missing"):
+        saved.policy()
+
+
+def test_a_checkpoint_of_an_older_version_is_used_unchecked_and_that_is_said(folder):
+    path = folder.checkpoint(2)
+    path.mkdir()
+    old = {"step": 2, "policy_version": 2, "position": 8, "pending_positions": [1, 5], "seed": 3, "config_sha256": "0"}
+    (path / "manifest.json").write_text(json.dumps(old))
+    start = folder.find_start()
+    assert start.state == replace(state(2), trained=0, dropped={})
+    assert start.notes == ("step 2: saved by an older version without digests; its files could not be checked",)
+
+
+def test_the_manifest_lists_every_file_and_the_configuration(saved):
+    manifest = json.loads((saved.checkpoint(8) / "manifest.json").read_text())
+    assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == {
+        "learner/rank_0": 9000,
+        "learner/rank_1": 50,
+        "policy/weights": 5000,
+    }
+    config = (saved.path / "config.yaml").read_bytes()
+    assert manifest["config_sha256"] == hashlib.sha256(config).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("error", "seen", "said"),
+    [
+        (OSError(28, "No space left on device"), NotWritten, r"step_2: could not be written: No space left on device"),
+        (NotWritten("learner: full"), NotWritten, "learner: full"),
+        (DeadlineExceeded("waited 5 s for the ranks"), DeadlineExceeded, "waited 5 s for the ranks"),
+        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
+    ],
+)
+def test_of_a_checkpoint_that_failed_amid_nothing_is_left(folder, error, seen, said):
     save(folder, 1)
 
     def fail_amid() -> None:
-        with folder.new_checkpoint(state(2)) as path:
-            (path / "policy").mkdir()
-            raise OSError("disk full")
+        with folder.new_checkpoint(state(2)) as new:
+            (new.path / "policy").mkdir()
+            raise error
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(seen, match=said):
         fail_amid()
-    assert folder.latest_state() == state(1)
+    assert folder.find_start().state == state(1)
+    assert [path.name for path in (folder.path / "checkpoints").iterdir()] == ["step_1"]
     with pytest.raises(ConfigError, match=r"no complete checkpoint of step 2; there are: 1"):
         folder.state(2)
+
+
+@pytest.mark.parametrize("large", ["learner", "manifest"])
+def test_a_checkpoint_that_finds_no_room_is_said_and_the_older_one_stays_whole(folder, large):
+    save(folder, 1)
+    pending = 10 if large == "learner" else 10_000
+    said = with_little_room(
+        folder.path,
+        f"""
+        from ray_rl.run_state import RunFolder, RunState
+        state = RunState(step=2, policy_version=2, position=9, pending_positions=tuple(range({pending})), seed=3)
+        try:
+            with RunFolder.open(Path(".")).new_checkpoint(state) as new:
+                (new.path / "learner").write_bytes(bytes({10_000 if large == "learner" else 10}))
+        except NotWritten as error: print(error)
+        """,
+    )
+    assert said.startswith(f"{folder.checkpoint(2)}: could not be written: File too large")
+    assert folder.find_start().state == state(1)
+    assert [path.name for path in (folder.path / "checkpoints").iterdir()] == ["step_1"]
 
 
 def test_a_process_killed_while_saving_leaves_no_checkpoint(folder):
     program = (
         "import os, signal\nfrom pathlib import Path\nfrom ray_rl.run_state import RunFolder, RunState\n"
         f"folder = RunFolder.open(Path({str(folder.path)!r}))\n"
-        "with folder.new_checkpoint(RunState.new(0)) as path:\n"
-        "    (path / 'policy').mkdir(); os.kill(os.getpid(), signal.SIGKILL)"
+        "with folder.new_checkpoint(RunState.new(0)) as new:\n"
+        "    (new.path / 'policy').mkdir(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
     assert folder.steps() == []
-    folder.prune(1)
+    assert folder.find_start().notes == ()
+    assert folder.prune(1, 0) == []
     assert list((folder.path / "checkpoints").iterdir()) == []
 
 
 def test_a_step_can_be_saved_again(folder):
     save(folder, 1)
-    with folder.new_checkpoint(state(1)) as path:
-        (path / "new").touch()
+    with folder.new_checkpoint(state(1)) as new:
+        (new.path / "new").touch()
     assert (folder.checkpoint(1) / "new").exists()
     assert not (folder.checkpoint(1) / "policy").exists()
+    assert folder.find_start().state == state(1)
+    assert [path.name for path in (folder.path / "checkpoints").iterdir()] == ["step_1"]
 
 
 def test_pruning_keeps_the_newest(folder):
     for step in (9, 10, 11):
         save(folder, step)
-    folder.prune(2)
+    assert folder.prune(2, 11) == []
     assert folder.steps() == [10, 11]
+
+
+def test_pruning_removes_what_is_later_than_the_run_and_what_was_never_completed(folder):
+    for step in (2, 4, 6, 8):
+        save(folder, step)
+    cut(folder.checkpoint(8) / "learner/rank_0")
+    (folder.checkpoint(6) / "manifest.json").unlink()
+    (folder.path / "checkpoints" / "step_10.partial").mkdir()
+    assert folder.prune(1, 4) == []
+    assert [path.name for path in (folder.path / "checkpoints").iterdir()] == ["step_4"]
+
+
+def test_what_cannot_be_deleted_is_said_and_no_error(folder, monkeypatch):
+    for step in (1, 2):
+        save(folder, step)
+
+    def refuse(self: Path, target: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert folder.prune(1, 2) == [f"{folder.checkpoint(1)}: could not be deleted: Permission denied"]
+    assert folder.steps() == [1, 2]
 
 
 def test_no_checkpoint_no_policy(folder):
@@ -140,6 +352,11 @@ def test_the_lock_goes_with_its_process(folder):
     subprocess.run([sys.executable, "-c", program], check=False)
     with folder.locked():
         pass
+
+
+def test_an_error_under_the_lock_is_no_fault_of_the_lock(folder):
+    with pytest.raises(TimeoutError), folder.locked():
+        raise TimeoutError
 
 
 def test_a_changed_configuration_replaces_the_old_one(folder):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from actors.segmentation import cuts_clauses, token_boundaries
+from ray_rl.config import ConfigError
 from ray_rl.tokenizer import TokenizerCodec, load_tokenizer
 
 quick = settings(
@@ -342,3 +343,33 @@ def test_messages_that_a_template_refuses_are_a_value_error(chat):
     codec.tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
     with pytest.raises(ValueError, match=r"^model\.chat_template: .* no system role here"):
         codec.render_prompt("hi", system_prompt="s")
+
+
+def test_a_policy_that_could_never_end_a_completion_is_a_fault_with_its_mend(byte_level):
+    from transformers import PreTrainedTokenizerFast
+
+    endless = TokenizerCodec(PreTrainedTokenizerFast(tokenizer_object=byte_level_backend()), generation_eos=10**6)
+    with pytest.raises(ConfigError, match=r"^rollout\.stop_token_ids: completions could never end"):
+        endless.check_ends()
+    endless.check_ends([1])
+    byte_level.check_ends()
+    for token_id in (-1, 10**6, 2**63 - 1):
+        with pytest.raises(ConfigError, match=rf"^rollout\.stop_token_ids: {token_id} is no token of this tokenizer"):
+            byte_level.check_ends([1, token_id])
+
+
+@pytest.mark.parametrize(
+    "eos", ["{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [1, "x"]}', '{"eos_token_id": 1.5}']
+)
+def test_a_broken_generation_config_is_not_taken_for_none(byte_level, tmp_path, eos):
+    byte_level.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(eos)
+    with pytest.raises(ConfigError, match=r"^model\.path: no tokenizer could be loaded from .*: .+"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_characters_that_a_tokenizer_cannot_express_are_a_value_error():
+    backend = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
+    codec = TokenizerCodec(wrap(backend))
+    with pytest.raises(ValueError, match=r"^model\.path: the tokenizer does not take the prompt: "):
+        codec.encode_prompt("b")

@@ -15,6 +15,7 @@ from typing import NoReturn
 import pytest
 
 from ray_rl.deadlines import DeadlineExceeded
+from ray_rl.errors import NotWritten
 from ray_rl.weight_file import NodeWeightFile, sweep, sweep_dead
 
 CONTENT = [memoryview(b"first "), memoryview(b"second")]
@@ -92,28 +93,55 @@ def test_waiting_for_another_writer_ends_at_the_deadline(tmp_path: Path) -> None
     slow.ensure(1, chunks, timeout=1)
 
 
-def test_discard_removes_one_version_and_may_be_repeated(tmp_path: Path) -> None:
-    file = NodeWeightFile("run", tmp_path)
-    old, new = (file.ensure(version, lambda: CONTENT, timeout=1) for version in (1, 2))
-    file.discard(1)
-    file.discard(1)
-    assert not old.exists()
-    assert new.exists()
-
-
-def test_a_discarded_file_is_written_over_and_no_byte_of_it_is_left(tmp_path: Path) -> None:
+def test_a_version_is_written_into_the_memory_of_the_one_before_and_no_byte_of_it_is_left(tmp_path: Path) -> None:
     file = NodeWeightFile("run", tmp_path)
     first = file.ensure(1, lambda: CONTENT, timeout=1)
     place = first.stat().st_ino
-    file.discard(1)
     second = file.ensure(2, lambda: [memoryview(b"short")], timeout=1)
     assert second.read_bytes() == b"short"
     assert second.stat().st_ino == place
-    file.remove(2)
-    assert file.ensure(3, lambda: CONTENT, timeout=1).read_bytes() == b"first second"
-    file.discard(3)
+    assert not first.exists()
     file.close()
     assert names(tmp_path) == []
+
+
+def test_the_version_written_last_stays_for_those_who_join_later(tmp_path: Path) -> None:
+    writer, joiner = NodeWeightFile("run", tmp_path), NodeWeightFile("run", tmp_path)
+    writer.ensure(1, lambda: CONTENT, timeout=1)
+    assert joiner.path(1).read_bytes() == b"first second"
+    assert joiner.ensure(1, never, timeout=1) == joiner.path(1)
+
+
+def test_of_several_older_files_one_whole_one_is_written_over_and_the_rest_are_removed(tmp_path: Path) -> None:
+    file, other = NodeWeightFile("run", tmp_path), NodeWeightFile("run-v2", tmp_path)
+    place = file.ensure(1, lambda: CONTENT, timeout=1).stat().st_ino
+    kept = other.ensure(1, lambda: CONTENT, timeout=1)
+    for name in ("ray-rl-run-v3.partial", "ray-rl-run-v7.partial"):
+        (tmp_path / name).write_bytes(b"half of it")
+    assert file.ensure(3, lambda: CONTENT, timeout=1).stat().st_ino == place
+    assert [name for name in names(tmp_path) if name.startswith("ray-rl-run-v") and name != "ray-rl-run-v3.bin"] == [
+        kept.name,
+        "ray-rl-run-v2.owners",
+        "ray-rl-run-v2.writing",
+    ]
+
+
+def test_a_version_can_be_written_anew_in_its_place(tmp_path: Path) -> None:
+    file = NodeWeightFile("run", tmp_path)
+    place = file.ensure(1, lambda: CONTENT, timeout=1).stat().st_ino
+    again = file.write(1, lambda descriptor: os.pwrite(descriptor, b"other", 0), timeout=1)
+    assert again.read_bytes() == b"other"
+    assert again.stat().st_ino == place
+
+
+def test_remove_removes_one_version_and_may_be_repeated(tmp_path: Path) -> None:
+    file = NodeWeightFile("run", tmp_path)
+    path = file.ensure(1, lambda: CONTENT, timeout=1)
+    file.remove(2)
+    assert path.exists()
+    file.remove(1)
+    file.remove(1)
+    assert not path.exists()
 
 
 def test_identity_tells_who_sees_the_same_files(tmp_path: Path) -> None:
@@ -124,17 +152,26 @@ def test_identity_tells_who_sees_the_same_files(tmp_path: Path) -> None:
     assert first.identity != NodeWeightFile("run", other).identity
 
 
-def test_a_full_memory_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_full_memory_is_one_clear_line_and_leaves_nothing_behind(tmp_path: Path) -> None:
     file = NodeWeightFile("run", tmp_path)
 
     def chunks() -> Iterator[memoryview]:
         yield CONTENT[0]
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="shared memory failed"):
+    with pytest.raises(NotWritten, match=r"^.*v1.bin: .*shared memory: No space left on device; .*$"):
         file.ensure(1, chunks, timeout=1)
     file.close()
     assert names(tmp_path) == []
+
+
+def test_contents_that_do_not_come_in_time_are_no_fault_of_the_memory(tmp_path: Path) -> None:
+    def chunks() -> Iterator[memoryview]:
+        yield CONTENT[0]
+        raise DeadlineExceeded("waited 1 s for a chunk")
+
+    with pytest.raises(DeadlineExceeded, match="a chunk"):
+        NodeWeightFile("run", tmp_path).ensure(1, chunks, timeout=1)
 
 
 def test_the_last_user_of_a_run_removes_its_files(tmp_path: Path) -> None:

@@ -125,9 +125,13 @@ def test_limits_keep_the_first_rows(tmp_path):
 
 
 FAULTS = {
-    "column": ({"a": {"b": 1}, "c": 2}, {}, r"^task\.prompt_column: no column 'prompt'; the data has: a, a\.b, c$"),
-    "dotted": (ROWS[0], {"answer_column": "x.y"}, r"^task\.answer_column: no column 'x\.y'; the data has: prompt, "),
+    "column": ({"a": {"b": 1}, "c": 2}, {}, r"^task\.prompt_column: row 0: no column 'prompt'; it has: a, a\.b, c$"),
+    "dotted": (ROWS[0], {"answer_column": "x.y"}, r"^task\.answer_column: row 0: no column 'x\.y'; it has: prompt, "),
     "type": ({"prompt": 3, "answer": ""}, {}, r"^task\.prompt_column: row 0: .* must hold text or messages .* not 3$"),
+    "nothing": ({}, {}, r"^task\.prompt_column: row 0: no column 'prompt'; it has: nothing$"),
+    "surrogate": ({"prompt": "a\ud800", "answer": ""}, {}, r"^task\.prompt_column: row 0: .* lone surrogate"),
+    "nan": ({"prompt": "?", "answer": float("nan")}, {}, r"^task\.answer_column: row 0: .* not nan"),
+    "null": ({"prompt": "?", "answer": None}, {}, r"^task\.answer_column: row 0: .* not None"),
     "role": ({"prompt": [{"content": "x"}], "answer": ""}, {}, r"^task\.prompt_column: row 0: "),
     "empty": ({"prompt": "", "answer": ""}, {}, r"^task\.prompt_column: row 0: "),
     "answer": ({"prompt": "?", "answer": [1]}, {}, r"^task\.answer_column: row 0: .*answer_column: null"),
