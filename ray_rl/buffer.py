@@ -75,6 +75,8 @@ class StalenessBuffer:
         self._admitted = 0
         self._wanted = math.inf if total is None else total
         self._newest = math.inf
+        self._forgotten: list[int] = []
+        """The versions that were gone back to, in the order in which that happened (`forget`)."""
         self._groups: list[CollectedGroup] = []
         self._filtered: list[GroupSummary] = []
         self._stale: list[GroupSummary] = []
@@ -87,21 +89,31 @@ class StalenessBuffer:
         """Finished groups that wait."""
         return len(self._groups)
 
-    async def admit(self) -> None:
-        """Wait for room, then reserve it for one group."""
+    async def admit(self) -> int:
+        """Wait for room, then reserve it for one group. Returns a ticket for `put`."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._admitted < self._limit and self._wanted > 0)
             self._admitted += 1
             self._wanted -= 1
+            return len(self._forgotten)
 
     def expect(self, version: int) -> None:
         """From now on no policy newer than `version` has been published: `put` refuses groups that say otherwise."""
         self._newest = version
 
-    async def put(self, group: CollectedGroup) -> bool:
-        """Hand in an admitted group; False, and its room is free again, where its policy version was undone."""
+    def forget(self, version: int) -> None:
+        """Of what is admitted by now, nothing counts that is newer than `version`: other policies will bear those numbers."""
+        self._forgotten.append(version)
+
+    async def put(self, group: CollectedGroup, ticket: int = 0) -> bool:
+        """Hand in an admitted group; False, and its room is free again, where its policy version was undone.
+
+        Args:
+            group: finished.
+            ticket: of `admit`.
+        """
         async with self._changed:
-            accepted = group.summary.newest_version <= self._newest
+            accepted = group.summary.newest_version <= min((self._newest, *self._forgotten[ticket:]))
             # The batch that it would go into; several may be on their way at once.
             number = self._taken + len(self._groups) // self._batch
             if not accepted:
@@ -164,6 +176,7 @@ class StalenessBuffer:
         """
         async with self._changed:
             self._newest = version
+            self.forget(version)
             undone = [group for group in self._groups if group.summary.newest_version > version]
             self._groups = [group for group in self._groups if group.summary.newest_version <= version]
             self._refill(len(undone))

@@ -67,15 +67,15 @@ class Collector:
         """
         async with asyncio.TaskGroup() as groups:
             while True:
-                await self._buffer.admit()
-                groups.create_task(self._collect(self._next_prompt()))
+                ticket = await self._buffer.admit()
+                groups.create_task(self._collect(self._next_prompt(), ticket))
 
     def _next_prompt(self) -> Prompt:
         prompt = self._stream.at(heapq.heappop(self._again)) if self._again else self._stream.next()
         self._ledger.draw(prompt.position)
         return prompt
 
-    async def _collect(self, prompt: Prompt) -> None:
+    async def _collect(self, prompt: Prompt, ticket: int) -> None:
         try:
             group = await self._pool.collect(prompt)
         except PromptFailed as failure:
@@ -83,7 +83,7 @@ class Collector:
             return
         self._failures = 0
         self._moved(f"the group of prompt {prompt.prompt_id}")
-        if not await self._buffer.put(group):
+        if not await self._buffer.put(group, ticket):
             self.sample_again([prompt.position])
 
     async def _give_up(self, prompt: Prompt, failure: PromptFailed) -> None:

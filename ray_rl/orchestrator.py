@@ -20,6 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from ray_rl.autoscaling import Autoscaler
 from ray_rl.buffer import Batch, StalenessBuffer
@@ -42,6 +43,8 @@ from ray_rl.types import Prompt
 _SHOWN = ("reward/mean", "reward/accuracy", "perf/tokens_per_second", "timing/step", "staleness/mean")
 """Metrics of the last step that `ray-rl status` shows."""
 _END_SECONDS = 60.0
+_PATIENCE = 20
+"""Steps in which an actor that the autoscaler asked for must begin to serve."""
 _LOOK_SECONDS = 1.0
 """Between looks whether an engine that joined waits for weights, while the learner waits for groups."""
 
@@ -95,8 +98,12 @@ class Orchestrator:
             timeout=config.learner.step_timeout,
             warn=journal.warn,
         )
+        self._unsettled = 0
+        """Steps in a row in which not all actors that are wanted served."""
         self._step = 0
         """Training steps done; the learner has the policy after the last of them."""
+        self._learner_fits = True
+        """Whether the learner's state is that after `_step`; amid a step, or a restart, nobody knows what it is."""
         self._batch: Batch | None = None
         """Taken, and neither trained on nor given back."""
         self._holds_room = False
@@ -142,13 +149,13 @@ class Orchestrator:
         self._begin(start)
         await self._publish_in_any_case()
         if self._config.evaluation.at_start and not self._step:
-            self._journal.report.evaluation_before = await self._evaluate()
+            self._journal.report.evaluation_before = await self._evaluate_in_any_case()
             self._journal.report.evaluation_after = {}
         self._journal.begin("training")
         collecting = asyncio.create_task(self._collector.run(), name="collect loop")
         try:
             await self._train(collecting)
-        except RunError:
+        except Exception:
             await self._save_what_there_is()
             raise
         finally:
@@ -202,6 +209,7 @@ class Orchestrator:
         """What follows when a batch was trained on: the book, the new version, the journal, the room for other groups."""
         self._batch = None
         self._step += 1
+        self._learner_fits = True
         self._ledger.train(self._step, [group.prompt.position for group in batch.groups])
         self._journal.learned(self._step, metrics)
         metrics |= {**await self._publish(), "timing/step": time.monotonic() - started, **self._counts()}
@@ -234,9 +242,11 @@ class Orchestrator:
             # The step counts and its version is published all the same: a version is the number of steps done.
             self._journal.warn(f"every group of step {step} was decided and dropped: the policy stays as it is")
             return {}
+        self._learner_fits = False
         try:
             return (await self._learner.train(step, batch.groups)).metrics
         except GroupsLost as loss:
+            self._learner_fits = True  # nothing was trained
             self._journal.warn(f"{loss}; their prompts are sampled again")
             await self._give_back(batch, loss.positions)
             self._collector.sample_again(loss.positions)
@@ -262,34 +272,41 @@ class Orchestrator:
         }
 
     def _autoscale(self, metrics: Mapping[str, float]) -> None:
-        before = self._pool.size
-        if self._autoscaler is None or any(actor.state != "serving" for actor in self._pool.status()):
+        if self._autoscaler is None:
             return
-        size = self._autoscaler.decide(metrics, before)
+        before, serving = self._pool.size, [actor.state for actor in self._pool.status()].count("serving")
+        self._unsettled = 0 if serving == before else self._unsettled + 1
+        if not self._unsettled:
+            size = self._autoscaler.decide(metrics, before)
+        elif self._unsettled >= _PATIENCE and before > self._config.rollout.least_actors:
+            size, self._unsettled = before - 1, 0  # it finds no place
+        else:
+            size = before
         if size != before:
             self._journal.note(f"rollout.num_actors: from {before} to {size} actors")
             self._pool.resize(size)
 
     async def _take(self, collecting: asyncio.Task[None]) -> Batch | None:
-        """The next batch; None when a stop was requested; the collect loop's error when it failed.
-
-        An engine that joins where the present weights do not lie gets them by another publication.
-        """
+        """The next batch; None when a stop was requested; the collect loop's error when it failed."""
         take = asyncio.create_task(self._buffer.take(self._step))
         stop = asyncio.create_task(self._stop.wait())
         try:
-            while not await first_of({take, stop, collecting}, _LOOK_SECONDS):
-                if self._pool.waits_for_weights:
-                    await self._publish()
+            await self._until_one_is_done(take, stop, collecting)
             if collecting.done():
                 raise first_error(collecting.exception() or RunStopped("the collect loop ended by itself"))
-            if not take.done() or self._stop.is_set():
-                return None
-            self._batch, self._holds_room = take.result(), True
-            return self._batch
+            return take.result() if take.done() and not self._stop.is_set() else None
         finally:
             await end(take, _END_SECONDS, what="the wait for a batch")
             await end(stop, _END_SECONDS, what="the wait for a stop")
+            if take.done() and not take.cancelled() and take.exception() is None:
+                # Also when something else failed meanwhile: its groups are not to be lost.
+                self._batch, self._holds_room = take.result(), True
+
+    async def _until_one_is_done(self, *tasks: asyncio.Task[Any]) -> None:
+        """An engine that joins where the present weights do not lie gets them meanwhile, by another publication."""
+        while not await first_of(tasks, _LOOK_SECONDS):
+            if self._pool.waits_for_weights:
+                await self._publish()
 
     async def _publish(self) -> dict[str, float]:
         """Bring the learner's policy to the engines."""
@@ -308,6 +325,7 @@ class Orchestrator:
 
     async def _revive(self, death: LearnerDied) -> None:
         """Bring the learner back at its last checkpoint, and the rest of the run to the same step."""
+        self._learner_fits = False
         if self._batch is not None:
             await self._give_back(self._batch)
         step = await self._journal.timed("restarting the learner", self._keeper.revive(death))
@@ -317,8 +335,10 @@ class Orchestrator:
             await self._release()
         self._journal.rewind(step)
         self._step = step
+        self._learner_fits = True
         self._moved("a restart of the learner")
         await self._publish_in_any_case()
+        self._buffer.forget(self._step)  # what was begun since then may have begun with what the engines had before
 
     async def _finish(self) -> None:
         """After the last checkpoint: evaluate, and leave the trained policy where users look for it."""
@@ -326,7 +346,7 @@ class Orchestrator:
         if self._journal.report.interrupted:
             return
         if self._config.evaluation.at_end and not self._due(self._config.evaluation.every):
-            await self._evaluate()
+            await self._evaluate_in_any_case()
         self._journal.begin("saving")
         trained = self._folder.checkpoint(self._step) / "policy"
         copied = asyncio.to_thread(shutil.copytree, trained, self._folder.final, dirs_exist_ok=True)
@@ -338,10 +358,23 @@ class Orchestrator:
     async def _evaluate(self) -> Mapping[str, float]:
         self._journal.begin(f"evaluating on {len(self._evaluation_prompts)} held-out problems")
         work = evaluate(self._pool, self._evaluation_prompts, self._config.evaluation, moved=self._moved)
-        metrics = await self._journal.timed("evaluation", work)
+        evaluation = asyncio.create_task(work, name="evaluation")
+        try:
+            await self._journal.timed("evaluation", self._until_one_is_done(evaluation))
+        finally:
+            await end(evaluation, _END_SECONDS, what="the evaluation")
+        metrics = evaluation.result()
         self._journal.evaluation(self._step, metrics)
         self._journal.begin("training")
         return metrics
+
+    async def _evaluate_in_any_case(self) -> Mapping[str, float]:
+        """Where the newest checkpoint, or the initial policy, is what is evaluated: a learner that dies comes back at that."""
+        while True:
+            try:
+                return await self._evaluate()
+            except LearnerDied as death:
+                await self._revive(death)
 
     async def _save_if_new(self) -> None:
         if self._step and self._keeper.saved_step != self._step:
@@ -357,10 +390,14 @@ class Orchestrator:
 
     async def _save_what_there_is(self) -> None:
         """Before an error ends the run, which matters more than one that keeps it from being saved."""
+        lost = "what was trained since the last checkpoint is lost"
+        if not self._learner_fits:
+            self._journal.warn(f"{lost}: the learner was amid a step, or a restart")
+            return
         try:
             await self._save_if_new()
         except RunError as fault:
-            self._journal.warn(f"what was trained since the last checkpoint is lost: {fault}")
+            self._journal.warn(f"{lost}: {fault}")
 
     def _due(self, every: int) -> bool:
         return bool(every) and self._step % every == 0

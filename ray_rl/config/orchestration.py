@@ -52,8 +52,9 @@ class EvaluationConfig(Section):
 class CheckpointConfig(Section):
     """What allows a run to go on."""
 
-    every: int = Field(0, ge=0)
-    """Steps between checkpoints; 0: only when the run ends or is interrupted."""
+    every: int = Field(20, ge=0)
+    """Steps between checkpoints: what a learner or a driver that dies can cost. 0: only when the run ends or is interrupted, so
+    that it costs everything."""
     keep: int = Field(2, ge=1)
     """Older ones are deleted."""
 

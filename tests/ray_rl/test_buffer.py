@@ -194,6 +194,20 @@ async def test_a_group_of_an_undone_version_is_refused_until_that_version_is_pub
     assert await buffer.put(collected(0, version=1))
 
 
+async def test_what_was_begun_before_an_undo_never_counts_as_the_version_that_bears_its_number_later():
+    buffer = StalenessBuffer(batch=1, max_staleness=3, total=4)
+    before = await buffer.admit()
+    buffer.expect(2)
+    await buffer.undo(version=1, steps=1)
+    amid = await buffer.admit()
+    buffer.forget(1)  # version 1 is published again
+    after = await buffer.admit()
+    buffer.expect(2)
+    assert not await buffer.put(collected(0, version=2), before)
+    assert not await buffer.put(collected(1, version=2), amid)
+    assert await buffer.put(collected(2, version=2), after)
+
+
 async def test_a_prompt_that_is_given_up_makes_room_for_another():
     buffer = StalenessBuffer(batch=1, max_staleness=0, total=1)
     await buffer.admit()

@@ -10,11 +10,12 @@ import pytest
 
 from ray_rl.collector import RunStopped
 from ray_rl.config import resolve_config
-from ray_rl.errors import NotWritten
+from ray_rl.errors import NotWritten, RunError
+from ray_rl.evaluation import evaluate
 from ray_rl.ledger import audit, read_ledger
 from ray_rl.protocols import NoActorsLeft, PromptFailed
 from ray_rl.run_state import RunFolder, RunState
-from tests.fakes import FakeLearner, FakePool, collected
+from tests.fakes import FakeLearner, FakePool, collected, prompt
 from tests.orchestrated_run import Run, config_of
 
 
@@ -144,6 +145,59 @@ def test_when_no_engine_takes_a_version_the_step_before_it_is_saved_as_done(fold
         Run(folder, config_of(), Deaf()).go()
     assert folder.find_start().state.step == 2
     assert len(json.loads((folder.policy(2) / "policy.json").read_text())) == 2
+
+
+def test_a_learner_that_failed_amid_a_step_is_not_saved_as_if_it_had_done_none(folder):
+    class Diverging(FakeLearner):
+        async def train(self, step, groups):
+            done = await super().train(step, groups)
+            if step == 4:
+                raise RunError("the gradient is not finite")
+            return done
+
+    run = Run(folder, saving(), learner=Diverging())
+    with pytest.raises(RunError, match="not finite"):
+        run.go()
+    assert folder.find_start().state.step == 2
+    assert any("amid a step" in warning for warning in run.screen.warnings)
+
+
+def test_a_learner_that_dies_in_a_publication_for_a_joiner_costs_no_group(folder):
+    class Joining(FakePool):
+        joined = False
+
+        async def collect(self, prompt):
+            group = await super().collect(prompt)
+            if prompt.position == 7 and not self.joined:
+                self.waits_for_weights = self.joined = True
+                while self.waits_for_weights:
+                    await asyncio.sleep(0.01)
+            return group
+
+        async def publish(self, make):
+            if self.waits_for_weights:
+                self.waits_for_weights = False
+                learner.dies_in = ["publish 1"]
+                await asyncio.sleep(0.05)  # the batch is full by now
+            return await super().publish(make)
+
+    learner = FakeLearner()
+    Run(folder, saving(), Joining(), learner).go()
+    assert [sorted(batch) for batch in trained(folder)] == [[4 * s + i for i in range(4)] for s in range(6)]
+    assert book_is_closed(folder)
+
+
+def test_an_evaluation_leaves_out_a_prompt_that_no_actor_survives():
+    class Fatal(FakePool):
+        async def evaluate(self, prompt, *, samples, temperature):
+            if prompt.position == 1:
+                raise PromptFailed("cost 3 actors")
+            return await super().evaluate(prompt, samples=samples, temperature=temperature)
+
+    config = resolve_config({}).evaluation
+    assert asyncio.run(evaluate(Fatal(), [prompt(0), prompt(1)], config))["eval/pass@1"] == 0.0
+    with pytest.raises(RunError, match="none of 1 evaluation prompts"):
+        asyncio.run(evaluate(Fatal(), [prompt(1)], config))
 
 
 def test_an_engine_that_joins_out_of_reach_gets_the_present_version_once_more(folder):
