@@ -18,7 +18,7 @@ from actors.pool_member import ActorDied, ActorHung, Member, PoolLimits, Rollout
 from actors.pool_publication import Publication, publish_to, take_occupancy
 from actors.pool_queue import WorkQueue
 from ray_rl.deadlines import wait
-from ray_rl.protocols import ActorStatus, CollectedGroup, MakeWeights, NoActorsLeft, PromptFailed
+from ray_rl.protocols import ActorStatus, CollectedGroup, MakeWeights, NoActorsLeft, PromptFailed, TransferBroke
 from ray_rl.types import Prompt, ScoredSample
 from ray_rl.weight_manifest import WeightTransferError
 
@@ -160,7 +160,13 @@ class ActorPool:
     async def _until_proven(self, make: MakeWeights) -> Publication:
         """Publish, and once more where everyone died of it; who fails is replaced."""
         for _ in range(self._limits.max_attempts):
-            publication = await publish_to(await self._crew.loaded(), make, self._limits.publish_timeout)
+            members = await self._crew.loaded()
+            try:
+                publication = await publish_to(members, make, self._limits.publish_timeout)
+            except TransferBroke as broken:
+                for member in members:
+                    self._crew.bury(member, broken)
+                raise
             for member, error in publication.failures.items():
                 self._crew.bury(member, error)
             if publication.differences:
@@ -174,17 +180,21 @@ class ActorPool:
 
     async def _routed(self, ask: Callable[[Member], Awaitable[T]], need: int, *, what: str) -> T:
         ends: list[str] = []
-        while len(ends) < self._limits.max_attempts:
-            member = await self._queue.take(need, first=bool(ends))
+        while len(ends) < (attempts := self._limits.max_attempts):
+            # The last attempt has an actor to itself: what dies with it then is this prompt's fault and nobody else's.
+            places = self._queue.places if len(ends) == attempts - 1 > 0 else need
+            member = await self._queue.take(places, first=bool(ends))
             try:
                 if member.state == "ended":
                     continue  # since it was handed over
                 return await ask(member)
-            except (ActorDied, WeightTransferError) as error:
+            except ActorDied as error:
                 ends.append(f"{member.name}: {in_a_line(error)}")
                 self._crew.bury(member, error)
+            except WeightTransferError as error:  # no prompt can be blamed for that
+                self._crew.bury(member, error)
             finally:
-                self._queue.give(member, need)
+                self._queue.give(member, places)
                 if member.state == "draining" and member.load == 0:
                     self._crew.retire(member)
         raise PromptFailed(f"{what} was in {len(ends)} rollout actors that died or hung: {'; '.join(ends)}")

@@ -68,7 +68,7 @@ class Crew:
         self._endings: set[asyncio.Task[None]] = set()
         self._died = 0
         self._ends: deque[str] = deque(maxlen=_TOLD_ENDS)
-        self._outage = Outage(limits.outage_timeout, warn=warn, over=lambda: queue.refuse(self._nobody()))
+        self._outage = Outage(limits.outage_timeout, warn=warn, over=self._outage_lasts)
         self._closed = False
 
     @property
@@ -175,7 +175,8 @@ class Crew:
             return
         self._died += 1
         self._ends.append(f"{member.name}: {why}")
-        self._warn(f"{member.name} is lost; its prompts go to others: {why}")
+        lost = "is lost; its prompts go to others" if member.has_served else "did not come up, and another one is tried"
+        self._warn(f"{member.name} {lost}: {why}")
         self._refill(self._forget(member), has_served=member.has_served)
         if not self._queue.serving:
             self._outage.begin()
@@ -270,6 +271,12 @@ class Crew:
         member.serve()
         self._outage.end(f"{member.name} serves again")
         self._queue.open(member)
+
+    def _outage_lasts(self) -> None:
+        if any(member.is_loaded for member in self._members):
+            self._outage.extend()  # what they lack is a publication, which comes when the learner has the time for it
+        else:
+            self._queue.refuse(self._nobody())
 
     def _nobody(self) -> str:
         return (

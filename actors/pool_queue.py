@@ -162,6 +162,10 @@ class Outage:
             if told:
                 self._warn(f"no rollout actor is left; waiting up to {self._seconds:g} s for one to start")
 
+    def extend(self) -> None:
+        """Not over yet: once more so long."""
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._over)
+
     def end(self, why: str = "") -> None:
         """Somebody serves, or nobody waits any more; harmless when there was none.
 

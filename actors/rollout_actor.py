@@ -43,6 +43,9 @@ class RolloutActor:
         self._scorer = make_scorer(config.reward, reward_actors)
         self._files = NodeWeightFile(run_id)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._proven = asyncio.Event()
+        """Cleared while the engine may sample from weights that nobody has proven yet."""
+        self._proven.set()
 
     async def start(self) -> None:
         """Load the engine."""
@@ -57,11 +60,14 @@ class RolloutActor:
         """A group, which stays in this node's object store, and what the driver may know of it."""
         with self._engine.occupancy.group():
             group = await self._rollout.collect(prompt)
+        await self._until_proven()
         return group, summarize(group)
 
     async def evaluate(self, prompt: Prompt, samples: int, temperature: float) -> tuple[ScoredSample, ...]:
         """Scored answers without values."""
-        return await self._rollout.evaluate(prompt, samples=samples, temperature=temperature)
+        answers = await self._rollout.evaluate(prompt, samples=samples, temperature=temperature)
+        await self._until_proven()
+        return answers
 
     async def receive_weights(self, payload: ObjectStorePayload | None) -> float:
         """Take new weights between two tokens of what runs, or once it is complete (weights.running).
@@ -80,6 +86,7 @@ class RolloutActor:
             path = await self._weight_file(payload)
             try:
                 await self._engine.pause()
+                self._proven.clear()
                 await self._engine.receive_weights(payload.manifest, path)
             except WeightTransferError:
                 if payload.home != self._files.identity:
@@ -91,8 +98,10 @@ class RolloutActor:
         return self._engine.pause_seconds
 
     async def prove_weights(self, probe: Probe) -> float:
-        """The probe's largest difference."""
-        return await self._engine.prove(probe, self._tolerance())
+        """The probe's largest difference. What was sampled since the weights came is given away only then."""
+        difference = await self._engine.prove(probe, self._tolerance())
+        self._proven.set()
+        return difference
 
     def take_underfull(self) -> float:
         """As `Occupancy.take_underfull`."""
@@ -100,6 +109,8 @@ class RolloutActor:
 
     async def nccl(self, verb: NcclVerb, info: dict[str, Any]) -> None:
         """One step of an NCCL transfer, driven by the learner."""
+        if verb == "start":
+            self._proven.clear()
         await self._engine.nccl(verb, info)
 
     def weight_file_identity(self) -> str:
@@ -132,6 +143,11 @@ class RolloutActor:
             return await wait(write, 2 * timeout, what=f"the file of policy version {version}")
         except ObjectLostError as error:
             raise WeightsGone(f"policy version {version} is gone with the process that stored it") from error
+
+    async def _until_proven(self) -> None:
+        """An engine that fails the proof is ended, and what it sampled meanwhile with it."""
+        seconds = self._config.rollout.group_timeout
+        await wait(self._proven.wait(), seconds, what="the proof of the weights that a group was sampled with")
 
     def _tolerance(self) -> float:
         configured = self._config.weights.probe_tolerance

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -70,7 +72,11 @@ class RayRolloutClient:
     async def collect(self, prompt: Prompt) -> CollectedGroup:
         """One group."""
         group, summary = self._handle.collect.remote(prompt)
-        return CollectedGroup(prompt=prompt, ref=group, summary=await _result(summary))
+        try:
+            return CollectedGroup(prompt=prompt, ref=group, summary=await _result(summary))
+        except asyncio.CancelledError:
+            ray.cancel(summary)  # else the engine would go on sampling what nobody wants
+            raise
 
     async def evaluate(self, prompt: Prompt, samples: int, temperature: float) -> tuple[ScoredSample, ...]:
         """Scored answers."""
@@ -118,6 +124,8 @@ def create_rollout_client(
     Its sampling follows from the run's seed, the index and the step that the run (re)starts after, so that a resumed run
     and a replacement, whose index is another, draw new numbers.
     """
+    # Ray prints the error of each answer that nobody fetched; of a group that failed here the summary's is enough.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     rollout = config.rollout
     handle = (
         ray.remote(concurrency_groups={STACKS_GROUP: 1})(kind)
@@ -159,7 +167,13 @@ async def _result(ref: Any) -> Any:
             raise cause from error
         raise
     except _DEATHS as error:
-        raise ActorDied(in_a_line(error)) from error
+        raise ActorDied(_cause_of_death(error)) from error
+
+
+def _cause_of_death(error: BaseException) -> str:
+    """The line that says why, without Ray's guesses; else the first."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return next((line for line in lines if "because" in line), lines[0]).partition(" Some common causes")[0].strip()
 
 
 def _root(error: BaseException) -> BaseException:

@@ -99,7 +99,7 @@ class LearnerEngine:
         Args:
             samples: the whole batch, the same on every rank; continuations change nothing about the number of
                 optimizer steps.
-            step: of the run; with the run's seed it decides the order of the minibatches.
+            step: of the run, from 1; with the run's seed it decides the order of the minibatches.
 
         Returns:
             Metrics, the same on every rank.
@@ -124,7 +124,7 @@ class LearnerEngine:
             else:
                 self._optimize(minibatch, old, reference, statistics)
         refresh = self.config.learner.kl.refresh_every
-        if self._reference is not None and refresh is not None and (step + 1) % refresh == 0:
+        if self._reference is not None and refresh is not None and step % refresh == 0:
             self._set_reference(self._full_parameters(self.model))
         return metrics | statistics.metrics(with_kl=reference is not None)
 

@@ -9,15 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+    WorkerCrashedError,
+)
 
 from ray_rl.config.run import RunConfig
 from ray_rl.deadlines import Deadline, DeadlineExceeded, first_of, wait
 from ray_rl.errors import RunError
-from ray_rl.protocols import CollectedGroup, GroupsLost, LearnerDied, PublishedWeights, Receiver
+from ray_rl.protocols import CollectedGroup, GroupsLost, LearnerDied, PublishedWeights, Receiver, TransferBroke
 from ray_rl.types import StepStats
 from ray_rl.weight_manifest import ObjectStorePayload, Probe
 
+_DEATHS = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError, RuntimeEnvSetupError)
+"""What Ray raises where a rank's process is gone, or did not even come up."""
 _DEATH_SECONDS = 5.0
 """How long after one rank's error another rank's death may show, whose consequence it then is."""
 _STACKS_SECONDS = 10.0
@@ -28,7 +38,7 @@ _CPU_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "MALLOC_TOP_PAD_": str(64 * 2**20),
-    # All that holds for glibc's first heap only, and the verbs run in another thread than the main one.
+    # All that is kept in the first heap only, and the verbs do not run in the thread that has it.
     "MALLOC_ARENA_MAX": "1",
 }
 """How a rank without a GPU keeps its memory; what the user's shell sets wins."""
@@ -63,11 +73,21 @@ class LearnerGroup:
             ray.exceptions.RayTaskError: a rank failed.
         """
         group = cls(config, model_path, run_id, may_grow=may_grow)
-        await group.restart()
+        await group._begin()
         return group
 
     async def restart(self) -> None:
-        """End what is left of the ranks and start new ones, with the initial policy. Raises as `start`."""
+        """End what is left of the ranks and start new ones, with the initial policy.
+
+        Raises:
+            LearnerDied: they did not come up.
+        """
+        try:
+            await self._begin()
+        except (DeadlineExceeded, RayTaskError) as error:
+            raise LearnerDied(f"the learner's ranks did not come up again: {_one_line(error)}") from error
+
+    async def _begin(self) -> None:
         self.shutdown()
         learner = self._config.learner
         self._ranks = [self._new_rank(rank) for rank in range(learner.ranks)]
@@ -190,7 +210,7 @@ class LearnerGroup:
         try:
             await self._on_all_ranks("send", version, actors, port, what=what)
         except (RunError, RayTaskError) as error:
-            raise LearnerDied(f"the transfer by NCCL broke off, and its group with it: {_one_line(error)}") from error
+            raise TransferBroke(f"the transfer by NCCL broke off, and its group with it: {_one_line(error)}") from error
         self._sent_to = actors
 
     async def _keep_probe(self) -> None:
@@ -239,7 +259,7 @@ class LearnerGroup:
             if isinstance(error.cause, RunError):
                 raise error.cause from error
             raise
-        except RayActorError as error:
+        except _DEATHS as error:
             raise LearnerDied(f"rank {rank} of the learner died: {_one_line(error)}") from error
         except DeadlineExceeded as error:
             raise LearnerDied(f"rank {rank} of the learner hangs: {error}") from error

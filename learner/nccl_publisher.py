@@ -143,6 +143,8 @@ class NcclPublisher:
 
         pool = ThreadPoolExecutor(max_workers=1)
         try:
-            return result(pool.submit(on_device), self._timeout, what=what, causes="an engine of the group died or hangs")
+            return result(
+                pool.submit(on_device), self._timeout, what=what, causes="an engine of the group died or hangs"
+            )
         finally:
             pool.shutdown(wait=False)

@@ -104,7 +104,14 @@ class ObjectStorePublisher:
                 pass
             return None
         entries: list[TensorEntry] = []
-        path = self._files.write(version, lambda file: self._write(file, entries), timeout=self._timeout)
+        parameters = self._engine.named_parameters_gathered()
+        try:
+            path = self._files.write(
+                version, lambda file: self._write(file, parameters, entries), timeout=self._timeout
+            )
+        finally:
+            for _ in parameters:  # where writing failed: the other ranks are amid gathering
+                pass
         home = self._files.identity
         chunks = self._stored(path) if stored or any(other != home for other in homes) else ()
         if chunks and home not in homes:
@@ -112,14 +119,14 @@ class ObjectStorePublisher:
         manifest = WeightManifest(version=version, tensors=tuple(entries))
         return ObjectStorePayload(manifest=manifest, chunks=chunks, home=home)
 
-    def _write(self, descriptor: int, entries: list[TensorEntry]) -> int:
+    def _write(self, descriptor: int, parameters: Iterator[tuple[str, Tensor]], entries: list[TensorEntry]) -> int:
         """Fill a file with all parameters, several at a time; its size."""
         ends = list(accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in self._engine.parameter_bytes()))
         content, threads = self._mapped(descriptor, ends[-1]), max(1, torch.get_num_threads())
         written: list[Future[TensorEntry]] = []
         pool = ThreadPoolExecutor(threads)
         try:
-            for (name, tensor), offset in zip(self._engine.named_parameters_gathered(), [0, *ends], strict=False):
+            for (name, tensor), offset in zip(parameters, [0, *ends], strict=False):
                 if len(written) >= 2 * threads:
                     self._entry(written[-2 * threads])  # gathered tensors must not pile up
                 written.append(pool.submit(_write_one, name, tensor, content, offset))

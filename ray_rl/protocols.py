@@ -24,6 +24,10 @@ class LearnerDied(RunError):
     """A process of the learner is gone; `Learner.restart` may help. The message says which and what Ray knows."""
 
 
+class TransferBroke(LearnerDied):
+    """A direct transfer into the engines' memory broke off: they are no more to be trusted than the learner's end of it."""
+
+
 class GroupsLost(RunError):
     """Groups of a batch are gone with the node they lay on. Nothing was trained."""
 

@@ -52,6 +52,8 @@ class Actor:
         self.seconds = 0.0
         """Of one group."""
         self.hangs = False
+        self.fatal: set[int] = set()
+        """Positions of prompts that kill it."""
         self.error: Exception | None = None
         """Of collect."""
         self.start_error: Exception | None = None
@@ -86,6 +88,8 @@ class Actor:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         try:
+            if prompt.position in self.fatal:
+                self.kill()
             await self._work()
         finally:
             self.at_once -= 1

@@ -151,7 +151,7 @@ async def test_an_actor_that_cannot_start_is_tried_again():
         actors[0].kill()
         await pool.collect(prompt(0))
         assert actors[3].served == [0]
-        assert "actor 2 is lost; its prompts go to others: OSError: no such device" in warnings
+        assert "actor 2 did not come up, and another one is tried: OSError: no such device" in warnings
 
 
 async def test_a_factory_that_fails_is_asked_again():
@@ -260,3 +260,16 @@ async def test_an_engine_without_groups_counts_as_idle_until_it_gets_one(monkeyp
         await group
         clock = 111.0
         assert await idle() == (2.0 + 2.0) / 2
+
+
+async def test_a_prompt_that_kills_its_actors_takes_no_other_prompt_with_it():
+    async with running(1, groups_in_flight=4, max_attempts=2) as (pool, actors, _):
+
+        def fatal(actor: Actor) -> None:
+            actor.fatal = {0}
+
+        actors.prepare = fatal
+        fatal(actors[0])
+        groups = await asyncio.gather(*(pool.collect(prompt(p)) for p in range(4)), return_exceptions=True)
+        assert isinstance(groups[0], PromptFailed)
+        assert [group.prompt.position for group in groups[1:]] == [1, 2, 3]

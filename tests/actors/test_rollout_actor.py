@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,7 @@ def actor(tmp_path: Path) -> Any:
     actor._config = resolve_config({"weights": {"timeout": 5}})
     actor._files = NodeWeightFile("run", tmp_path)
     actor._engine = Engine()
+    actor._proven = asyncio.Event()
     return actor
 
 
@@ -154,3 +156,19 @@ async def test_a_bad_file_is_written_anew_by_the_next_one_unless_it_is_the_learn
 async def test_weights_that_nccl_brought_need_no_file(actor):
     assert await actor.receive_weights(None) == 0.5
     assert actor._engine.done == []
+
+
+async def test_what_was_sampled_from_weights_that_nobody_has_proven_is_not_given_away(actor):
+    class Rollout:
+        async def evaluate(self, prompt, *, samples, temperature):
+            return ("answer",)
+
+    actor._rollout = Rollout()
+    actor._proven.set()
+    assert await actor.evaluate(None, 1, 1.0) == ("answer",)
+    actor._proven.clear()
+    answers = asyncio.ensure_future(actor.evaluate(None, 1, 1.0))
+    await asyncio.sleep(0.01)
+    assert not answers.done()
+    actor._proven.set()
+    assert await asyncio.wait_for(answers, 1) == ("answer",)

@@ -92,7 +92,10 @@ FAILING = {
         "class Odd(Exception):\n    def __str__(self): raise ValueError\nraise Odd",
         "Odd: without a message (ValueError) (<string>, line 3)",
     ),
-    "an error of several lines": ("raise ValueError('one' + chr(10) + 'two')", "ValueError: one two (<string>, line 1)"),
+    "an error of several lines": (
+        "raise ValueError('one' + chr(10) + 'two')",
+        "ValueError: one two (<string>, line 1)",
+    ),
     "a stopped process": ("os.kill(os.getpid(), signal.SIGSTOP)", "timeout: no verdict after 0.8 s"),
     "more memory than there may be": (
         "bytearray(2**33)",
@@ -132,7 +135,7 @@ async def test_a_result_that_is_no_number_is_a_failure_by_name(pool):
 
 async def test_the_item_after_one_that_ate_all_memory_has_all_of_it_again(pool):
     hoarding = "import builtins\nbuiltins.hoard = []\nwhile True: builtins.hoard.append(bytes(2**25))"
-    hoarded, after = await pool.score([item(hoarding), item("bytearray(2**29)")])
+    hoarded, after = await pool.score([item(hoarding), item("bytes(2**29)")])
     assert hoarded.failure is not None
     assert after == Reward(value=1.0)
 
