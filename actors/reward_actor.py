@@ -24,6 +24,8 @@ from ray_rl.types import Reward, ScoringItem
 MAX_BATCH = 32
 """Most items in one call: several actors share a group, and a lost actor loses little."""
 CONCURRENT_CALLS = 64
+END_TIMEOUT = 5.0
+"""Seconds in which a reward actor must have killed its graders before it is itself killed."""
 AVOID_AFTER_LOSS = 60.0
 """Seconds for which an actor that was lost gets no work while another one is there."""
 RESTART_POLL = 0.5
@@ -86,6 +88,20 @@ async def start_reward_actors(handles: Sequence[Any], seconds: float) -> None:
     """
     started = asyncio.gather(*(handle.start.remote() for handle in handles))
     await wait(started, seconds, what=f"{len(handles)} reward actors to be placed and to start")
+
+
+async def end_reward_actors(handles: Sequence[Any]) -> None:
+    """Let the actors kill their grader processes and what these have started, then end the actors. One that hangs is killed."""
+
+    async def end(handle: Any) -> None:
+        try:
+            await wait(handle.close.remote(), END_TIMEOUT, what="a reward actor to end its grader processes")
+        except (RayError, DeadlineExceeded) as error:
+            _log.info("a reward actor did not end by itself: %s", error)
+        finally:
+            ray.kill(handle)
+
+    await asyncio.gather(*(end(handle) for handle in handles))
 
 
 def make_scorer(config: RewardConfig, handles: Sequence[Any], timeout: float | None = None) -> Scorer:

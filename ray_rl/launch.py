@@ -15,24 +15,26 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import ray
 from ray.exceptions import RayError
 
 from actors.pool import ActorPool, PoolLimits
 from actors.pool_member import in_a_line
-from actors.reward_actor import create_reward_actors, start_reward_actors
+from actors.reward_actor import create_reward_actors, end_reward_actors, start_reward_actors
+from actors.rewards import check_python_function
 from actors.rollout_client import create_rollout_client
 from learner.advantages import token_advantages
 from learner.group import LearnerGroup
 from ray_rl.config import RunConfig
+from ray_rl.config.reward import PythonRewardConfig
 from ray_rl.control import ControlServer, scale_pool
 from ray_rl.deadlines import DeadlineExceeded, wait
 from ray_rl.embedded import policy_path
-from ray_rl.errors import ConfigError, writing
+from ray_rl.errors import writing
 from ray_rl.evaluation import evaluate
 from ray_rl.journal import Journal
 from ray_rl.ledger import Ledger
 from ray_rl.memory import MemoryWatch
+from ray_rl.model_files import check_model_folder
 from ray_rl.orchestrator import Orchestrator
 from ray_rl.placement import Demand, is_own_ray, unplaced_rollout_actors, wait_for_place
 from ray_rl.progress import ConsoleProgress
@@ -97,9 +99,13 @@ class Prepared:
         Raises:
             ConfigError: one of them is not what the configuration says.
         """
-        model = config.model
+        model, source = config.model, model_source(config)
+        if isinstance(config.reward, PythonRewardConfig):
+            check_python_function(config.reward.function)
+        check_model_folder(source)
         task = make_task(config.task)
-        self.codec = _tokenizer(config)
+        self.codec = load_tokenizer(source, trust_remote_code=model.trust_remote_code, revision=model.revision)
+        self.codec.check_ends(config.rollout.stop_token_ids)
         encode = partial(
             encode_problem,
             self.codec,
@@ -108,18 +114,10 @@ class Prepared:
             max_tokens=model.max_model_len - config.rollout.max_tokens,
         )
         self.stream = PromptStream(task.problems("train"), encode, seed=config.seed, shuffle=config.training.shuffle)
+        self.stream.check()
         held_out = task.problems("eval") if evaluates else ()
         count = min(len(held_out), config.evaluation.problems)
         self.evaluation_prompts = [encode(held_out[index], position=-1) for index in range(count)]
-
-
-def _tokenizer(config: RunConfig) -> TokenizerCodec:
-    model, source = config.model, model_source(config)
-    try:
-        return load_tokenizer(source, trust_remote_code=model.trust_remote_code, revision=model.revision)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split()).removeprefix("model.path: ")
-        raise ConfigError(f"model.path: no tokenizer could be loaded from {source}: {reason}") from error
 
 
 def model_source(config: RunConfig) -> str:
@@ -241,8 +239,7 @@ async def _actors(
         try:
             await pool.shutdown()
         finally:  # also when the user would not wait for the engines
-            for actor in reward_actors:
-                ray.kill(actor)
+            await end_reward_actors(reward_actors)
             sweep(run_id)
 
 

@@ -232,7 +232,8 @@ class Orchestrator:
         if share > limit:
             raise RunStopped(
                 f"reward.max_failure_share: {share:.0%} of this step's gradings failed (limit {limit:.0%}); the reward "
-                "actors' log shows the offending texts. Mend the grader, or raise reward.timeout or the limit"
+                "actors' log shows why. Mend the grader; where it is only slow, raise reward.timeout, reward.processes or "
+                "reward_actors.actors; or raise the limit"
             )
         return metrics
 

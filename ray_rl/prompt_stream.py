@@ -13,7 +13,7 @@ from ray_rl.types import Problem, Prompt
 
 _LONGEST_TOKEN = 1024
 """Characters that no token exceeds."""
-_LOOK_SECONDS = 5.0
+_LOOK_SECONDS = 2.0
 
 
 class PromptEncoder(Protocol):

@@ -42,7 +42,9 @@ def read_rows(config: DatasetTaskConfig, split: Split) -> Rows:
     if os.path.isdir(local):
         return _read_folder(field, local, f"{split}_split", name)
     if path.startswith((".", "/", "~")) or local.suffix in _READERS or own_file:
-        raise ConfigError(f"task.{field}: {printable(path)} does not exist; name a file, a folder or a Hugging Face dataset")
+        raise ConfigError(
+            f"task.{field}: {printable(path)} does not exist; name a file, a folder or a Hugging Face dataset"
+        )
     return _read_hub(config, f"{split}_split", name)
 
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from ray._private.internal_api import free
+from ray.cluster_utils import Cluster
 
 from learner import group as group_module
 from learner.checkpoint import TAG, CheckpointError, CheckpointNotWritten
 from learner.group import LearnerGroup
 from ray_rl import deadlines
 from ray_rl.protocols import GroupsLost, LearnerDied, Receiver
+from ray_rl.types import TrajectoryGroup
 from ray_rl.weight_file import NodeWeightFile, sweep
 from tests.integration.learner_runs import collected, make_config, make_group
 from tests.tiny_model import save_tiny_model
@@ -35,13 +37,16 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def local_ray():
-    started = not ray.is_initialized()
-    if started:
-        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20)
-    yield
-    if started:
-        ray.shutdown()
+def cluster() -> Iterator[Cluster]:
+    """Of one node, to which more can be added."""
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 2, "include_dashboard": False, "object_store_memory": 100 * 2**20},
+    )
+    ray.init(address=cluster.address)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
 
 
 @asynccontextmanager
@@ -107,24 +112,33 @@ async def test_a_rank_that_hangs_is_told_and_replaced(model_path: Path, monkeypa
         await group.train(1, batch())
 
 
-async def test_lost_groups_are_named_and_the_rest_can_be_trained_on(model_path: Path) -> None:
-    @ray.remote(num_cpus=0)
-    class Owner:
-        def make(self, position: int) -> list[ray.ObjectRef]:
-            return [ray.put(make_group(position))]
+async def test_groups_that_lay_on_a_lost_node_are_named_and_the_rest_can_be_trained_on(
+    model_path: Path, cluster: Cluster
+) -> None:
+    @ray.remote(num_cpus=0, resources={"lost": 1})
+    class Maker:
+        def make(self, position: int) -> TrajectoryGroup:
+            group = make_group(position)
+            first, *others = group.trajectories
+            # Ray keeps what is small with the caller.
+            return replace(group, trajectories=(replace(first, text="long" * 100_000), *others))
 
     async with learner(model_path, 2, 0) as group:
-        owner = Owner.remote()
-        (owned,) = await owner.make.remote(1)
-        whole, freed, ownerless = collected(0), collected(2), collected(1, owned)
-        free([freed.ref])
-        ray.kill(owner)
+        node = cluster.add_node(num_cpus=1, resources={"lost": 1}, object_store_memory=100 * 2**20)
+        maker = Maker.remote()
+        refs = {position: maker.make.remote(position) for position in (4, 5)}
+        ray.wait(list(refs.values()), num_returns=2, timeout=60, fetch_local=False)
+        cluster.remove_node(node, allow_graceful=False)
         before = await group.logprobs(TOKENS)
-        with pytest.raises(GroupsLost) as caught:
-            await group.train(0, [ownerless, whole, freed])
-        assert caught.value.positions == (1, 2)
+        with pytest.raises(GroupsLost, match="2 of the 3 groups of step 1") as caught:
+            await deadlines.wait(
+                group.train(1, [collected(4, refs[4]), collected(0), collected(5, refs[5])]),
+                120,
+                what="the loss to be told",
+            )
+        assert caught.value.positions == (4, 5)
         assert await group.logprobs(TOKENS) == before
-        await group.train(0, [whole, collected(3)])
+        await group.train(1, [collected(0), collected(3)])
         assert await group.logprobs(TOKENS) != before
 
 

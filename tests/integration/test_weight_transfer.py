@@ -11,6 +11,7 @@ import pytest
 from actors import engine_args
 from actors.engine import Engine
 from ray_rl.types import Completion
+from ray_rl.weight_file import NodeWeightFile
 from ray_rl.weight_manifest import WeightManifest, WeightTransferError
 from tests.integration.breaking_worker import BreakingExtension
 from tests.integration.tiny_engine import (
@@ -157,6 +158,22 @@ def test_what_is_written_over_the_file_afterwards_does_not_reach_the_engine(
     with open(path, "r+b") as file:
         file.write(bytes(path.stat().st_size))
     assert tiny.run(tiny.engine.prompt_logprobs(PROMPT)) == pytest.approx(before, abs=1e-6)
+
+
+def test_versions_that_are_written_into_the_same_memory_reach_the_engine_one_by_one(
+    tiny: RunningEngine, tmp_path: Path
+) -> None:
+    files, places = NodeWeightFile("transfer", tmp_path), set()
+    for version in (11, 12, 13):
+        new = tiny_model(version, tied=is_tied(tiny))
+        manifest = write_weights(new, version, tmp_path / "content")
+        content = memoryview((tmp_path / "content").read_bytes())
+        path = files.ensure(version, lambda content=content: [content], timeout=5)
+        tiny.run(push(tiny.engine, manifest, path))
+        assert tiny.run(tiny.engine.prove(probe_of(new), TOLERANCE)) < TOLERANCE
+        places.add(path.stat().st_ino)
+    assert len(places) == 1
+    files.close()
 
 
 def test_a_file_that_is_too_short_fails_the_digest(tiny: RunningEngine, tmp_path: Path) -> None:
