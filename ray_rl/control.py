@@ -19,13 +19,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import psutil
+from pydantic import Field
 
 from ray_rl import deadlines
 from ray_rl.deadlines import DeadlineExceeded
-from ray_rl.errors import ConfigError
+from ray_rl.errors import ConfigError, RunError
 from ray_rl.mailbox import Answer, Mailbox, Order, RunStatus
 from ray_rl.protocols import RolloutPool
 from ray_rl.wording import one_line
@@ -45,15 +46,15 @@ _ATTEMPTS = 5
 """Mailboxes lost in a row after which the run goes on without."""
 _SLOTS = 64
 """Calls that a mailbox takes at once; those who wait for an answer occupy one each."""
-_INHERITED = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
+INHERITED = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
 """What a process must have in common with the driver in order to be let in. The token itself lies where Ray finds it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contact:
-    """What control.json holds."""
+    """What control.json holds. The annotations say what its reader believes."""
 
-    address: str
+    address: Annotated[str, Field(pattern=r"^[^/\s]+:[0-9]{1,5}$")]
     """host:port of the control service of the run's Ray."""
     namespace: str
     name: str
@@ -62,10 +63,20 @@ class Contact:
     """What a process must have in common with the driver in order to join."""
     host: str
     """The driver's."""
-    pid: int
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
     """The driver's."""
+    pid_namespace: str | None
+    """In which that number is the driver's, by `pid_namespace`."""
     started: float
     """When the driver's process began, in seconds since the epoch; another one may get its number."""
+
+
+def pid_namespace() -> str | None:
+    """Tells by whose count this process has its number, for containers have their own; None where the system has no such."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
 
 
 class ControlServer:
@@ -87,7 +98,7 @@ class ControlServer:
             run_id: of the sitting; names the mailbox.
             status: asked twice a second.
             scale: takes the number of rollout actors that somebody wants and says in a line what happens now, or raises
-                ConfigError.
+                ConfigError. What else it raises is answered too.
             warn: told when the run cannot be reached any more.
         """
         self._file = folder / CONTROL_FILE
@@ -147,10 +158,15 @@ class ControlServer:
         return orders
 
     def _obey(self, order: Order) -> Answer:
+        from ray.exceptions import RayError
+
         try:
             return Answer(accepted=True, text=self._scale(order.size))
         except ConfigError as error:
             return Answer(accepted=False, text=str(error))
+        except (RunError, RayError, RuntimeError, OSError) as error:
+            text = f"the run could not carry out the order: {one_line(error)}; see ray-rl status, and try again"
+            return Answer(accepted=False, text=text)
 
     def _make_mailbox(self) -> ActorHandle:
         import ray
@@ -177,9 +193,10 @@ class ControlServer:
             address=ray.get_runtime_context().gcs_address,
             namespace=NAMESPACE,
             name=self._name,
-            environment={name: os.environ[name] for name in _INHERITED if name in os.environ},
+            environment={name: os.environ[name] for name in INHERITED if name in os.environ},
             host=socket.gethostname(),
             pid=process.pid,
+            pid_namespace=pid_namespace(),
             started=process.create_time(),
         )
 
@@ -214,12 +231,14 @@ def scale_pool(pool: RolloutPool, size: int, without_place: Callable[[int], int]
 
     Raises:
         ConfigError: nobody can want so few.
+        RayError, RuntimeError, OSError: the cluster did not say; the pool is as it was.
     """
     if size < 1:
         raise ConfigError(f"N: {size} rollout actors; use at least 1")
     before = pool.size
     if size == before:
         return f"{size} rollout actors, as before"
+    waiting = without_place(size) if size > before else 0  # may raise, so while nothing has changed
     pool.resize(size)
     more, fewer = size - before, before - size
     if more > 0:
@@ -227,7 +246,6 @@ def scale_pool(pool: RolloutPool, size: int, without_place: Callable[[int], int]
     else:
         happens = "1 ends when its groups are done" if fewer == 1 else f"{fewer} end when their groups are done"
     line = f"from {before} to {size} rollout actors; {happens}"
-    waiting = without_place(size) if more > 0 else 0
     return f"{line}; the cluster has no place for {waiting} of the {size} at present" if waiting else line
 
 

@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import util
 from pathlib import Path
 
 from ray_rl.config import RunConfig
+from ray_rl.config.orchestration import RayConfig
 from ray_rl.config.task import DatasetTaskConfig
 from ray_rl.errors import ConfigError, RunError
-from ray_rl.footprint import GIB, Footprint, count_parameters, hidden_size, model_folder
+from ray_rl.footprint import (
+    GIB,
+    Footprint,
+    count_parameters,
+    has_tokenizer,
+    has_weights,
+    hidden_size,
+    is_on_hub,
+    model_folder,
+)
 from ray_rl.installation import (
     SETUP,
     Finding,
@@ -28,9 +38,11 @@ from ray_rl.installation import (
 )
 from ray_rl.machine import Machine
 from ray_rl.model_files import check_model_folder
-from ray_rl.placement import Demand, is_own_ray, knock, named_address, shortage
+from ray_rl.placement import Demand, Node, is_own_ray, knock, named_address, shortage
+from ray_rl.weight_file import sweep_dead
 
 _KNOCK_SECONDS = 2.0
+_UNFETCHED = "its memory is not estimated; fetch it to have that"
 
 
 def examine(config: RunConfig | None = None, *, folder: Path = Path("runs"), joins: bool = True) -> Iterator[Finding]:
@@ -63,6 +75,7 @@ def require(config: RunConfig, *, folder: Path = Path("runs")) -> list[str]:
     Raises:
         ConfigError: faults, a line each.
     """
+    sweep_dead()  # so that the memory which a killed run's weights take counts as free
     findings = list(examine(config, folder=folder, joins=False))
     faults = [str(finding) for finding in findings if finding.verdict == "fault"]
     if faults:
@@ -128,32 +141,43 @@ def _cluster(config: RunConfig, *, joins: bool) -> Finding:
             nodes = cluster_nodes()
     except RunError as error:
         return Finding(check="ray.address", found=str(error).removeprefix("ray.address: "), verdict="fault")
+    return room(config, nodes)
+
+
+def room(config: RunConfig, nodes: Sequence[Node]) -> Finding:
+    """Whether a cluster has a place for every actor; who waits for longer than usual counts on nodes that are yet to come."""
     missing = shortage(Demand.of(config), nodes)
     if not missing:
-        return Finding(check="ray.address", found=f"the cluster at {address} has a place for every actor")
-    mend = "add nodes or lower what is asked for; where an autoscaler adds them, ray.placement_timeout says how long to wait"
+        return Finding(check="ray.address", found=f"the cluster at {named_address(config)} has a place for every actor")
+    seconds = config.ray.placement_timeout
+    if seconds > RayConfig().placement_timeout:
+        mend = f"the run waits {seconds:g} s (ray.placement_timeout) for an autoscaler; without one, add nodes or ask for less"
+        return Finding(check="ray.address", found=missing, verdict="warning", mend=mend)
+    mend = "add nodes or ask for less; where an autoscaler adds them, ray.placement_timeout says how long to wait"
     return Finding(check="ray.address", found=missing, verdict="fault", mend=mend)
 
 
 def _model(config: RunConfig, machine: Machine, folder: Path) -> Iterator[Finding]:
     path = config.model.path
     place = model_folder(config)
+    offline = _is_on("HF_HUB_OFFLINE")
     if place is None:
-        offline = _is_on("HF_HUB_OFFLINE")
-        mend = (
-            "unset HF_HUB_OFFLINE, or give a folder"
-            if offline
-            else "its memory is not estimated; fetch it to have that"
-        )
+        mend = "unset HF_HUB_OFFLINE, or give a folder" if offline else _UNFETCHED
         found = f"{path} is not on this machine, and " + ("HF_HUB_OFFLINE is set" if offline else "will be fetched")
         yield Finding(check="model.path", found=found, verdict="fault" if offline else "warning", mend=mend)
+        return
+    parts = {"weights": has_weights(place), "tokenizer": has_tokenizer(place)}
+    missing = [name for name, is_there in parts.items() if not is_there]
+    if missing and is_on_hub(config) and not offline:
+        found = f"{path} has no {' and no '.join(missing)} in {place} yet, which will be fetched"
+        yield Finding(check="model.path", found=found, verdict="warning", mend=_UNFETCHED)
         return
     try:
         check_model_folder(str(place))
     except ConfigError as error:
         yield Finding(check="model.path", found=str(error).removeprefix("model.path: "), verdict="fault")
         return
-    if not any((place / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not parts["tokenizer"]:
         mend = "put its tokenizer.json there"
         yield Finding(check="model.path", found=f"{path} has no tokenizer", verdict="fault", mend=mend)
     parameters = count_parameters(place)
@@ -204,10 +228,10 @@ def device_memory(config: RunConfig, footprint: Footprint, machine: Machine) -> 
 
 
 def shared_memory(config: RunConfig, footprint: Footprint, machine: Machine) -> Finding:
-    """Room for two published versions and for Ray's object store."""
-    files = 0 if config.weights.kind == "nccl" else 2 * footprint.weights
+    """Room for a published version and for Ray's object store."""
+    files = footprint.weight_files(config)
     store = config.ray.object_store_mib * 2**20
-    found = f"{_gib(files + store)} wanted (2 versions of the weights, ray.object_store_mib), {_gib(machine.shared_memory)} free"
+    found = f"{_gib(files + store)} wanted (the weights, ray.object_store_mib), {_gib(machine.shared_memory)} free"
     mend = "enlarge /dev/shm (docker run --shm-size=..., or remount it)"
     if files > machine.shared_memory:
         return Finding(check="shared memory", found=found, verdict="fault", mend=mend)

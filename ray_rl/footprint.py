@@ -15,6 +15,8 @@ _PROCESS = GIB
 """Of a process that has imported torch, vLLM or DeepSpeed, and for the driver with its Ray; as the laptop recipes have it."""
 _CPU_CACHE = GIB
 """vLLM's cache on CPU where `rollout.kv_cache_gib` is unset."""
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_WHOLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +61,13 @@ class Footprint:
         )
 
     def on_one_machine(self, config: RunConfig, rollout_actors: int) -> int:
-        """Memory of all that runs when one machine has it all: driver, ranks, engines, and the files in shared memory."""
-        files = 0 if config.weights.kind == "nccl" else 2 * self.weights
-        return _PROCESS + config.learner.ranks * self.rank_host + rollout_actors * self.engine_host + files
+        """Memory of all that runs when one machine has it all: driver, ranks, engines, and the weights in shared memory."""
+        ranks, engines = config.learner.ranks * self.rank_host, rollout_actors * self.engine_host
+        return _PROCESS + ranks + engines + self.weight_files(config)
+
+    def weight_files(self, config: RunConfig) -> int:
+        """Shared memory of each node that engines get their weights through; a version is written over the one before it."""
+        return 0 if config.weights.kind == "nccl" else self.weights
 
 
 def _learner_bytes(config: RunConfig, parameters: int, weights: int, hidden_size: int | None) -> tuple[int, int, int]:
@@ -83,14 +89,16 @@ def _update_bytes(config: RunConfig) -> int:
     return 8 if config.model.dtype == "float32" else 12
 
 
+def is_on_hub(config: RunConfig) -> bool:
+    """Whether the model is a name on the Hugging Face hub: what its cache lacks is fetched from there."""
+    return config.model.path != "embedded" and not Path(config.model.path).expanduser().is_dir()
+
+
 def model_folder(config: RunConfig) -> Path | None:
     """Where the model lies on this machine, the cache of the Hugging Face hub included; None when it is not here."""
     path = config.model.path
-    if path == "embedded":
-        return policy_path()
-    given = Path(path).expanduser()
-    if given.is_dir():
-        return given
+    if not is_on_hub(config):
+        return policy_path() if path == "embedded" else Path(path).expanduser()
     from huggingface_hub import try_to_load_from_cache
 
     try:
@@ -98,6 +106,23 @@ def model_folder(config: RunConfig) -> Path | None:
     except ValueError:  # no name that the hub could know
         return None
     return Path(found).parent if isinstance(found, str) else None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is a file that a tokenizer can be made of."""
+    return any((folder / name).is_file() for name in _TOKENIZERS)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether no file of weights is missing; whether each is whole is for `ray_rl.model_files` to say, and so is a bad index."""
+    for index in (folder / f"{name}.index.json" for name in _WHOLE_WEIGHTS):
+        if index.is_file() and not (folder / _WHOLE_WEIGHTS[0]).is_file():
+            try:
+                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                return all((folder / name).is_file() for name in names)
+            except (OSError, AttributeError, LookupError, TypeError, ValueError):
+                return True
+    return any((folder / name).is_file() for name in _WHOLE_WEIGHTS)
 
 
 def hidden_size(folder: Path) -> int | None:

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ray_rl import deadlines
+from ray_rl.deadlines import DeadlineExceeded
 from ray_rl.protocols import ActorStatus
 
 ANSWER_SECONDS = 10.0
 """In which the driver must answer what lies in its mailbox."""
+PERHAPS_OBEYED = "the order may still be carried out; see ray-rl status"
+"""What to say where an order was given and its answer did not come."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,13 +102,20 @@ class Mailbox:
         return replace(self._status, seconds_old=time.monotonic() - self._posted_at)
 
     async def scale(self, size: int) -> Answer:
-        """Order so many rollout actors, and wait for what the driver says to it."""
+        """Order so many rollout actors, and wait for what the driver says to it.
+
+        Raises:
+            DeadlineExceeded: it says nothing; the message tells whether the order is withdrawn.
+        """
         self._count += 1
         order, answer = Order(number=self._count, size=size), asyncio.get_running_loop().create_future()
         self._orders.append(order)
         self._waiting[order.number] = answer
         try:
             return await deadlines.wait(answer, ANSWER_SECONDS, what="the run's driver to take the order")
+        except DeadlineExceeded as error:
+            becomes = "the order is withdrawn" if order in self._orders else PERHAPS_OBEYED
+            raise DeadlineExceeded(f"{error}; {becomes}") from error
         finally:
             self._waiting.pop(order.number, None)
             if order in self._orders:  # too late: nobody would hear the answer

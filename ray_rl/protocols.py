@@ -126,7 +126,7 @@ class RolloutPool(Protocol):
         """Bring a version into every engine and prove it. Returns metrics. Engines that cannot take it are replaced.
 
         Raises:
-            WeightTransferError: no engine took it, and nobody died of something else.
+            WeightTransferError: no engine took it, and at least one failed its proof.
             NoActorsLeft: as `collect`.
         """
 

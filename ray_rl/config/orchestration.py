@@ -75,7 +75,8 @@ class RayConfig(Section):
     address: str = "local"
     """`local` starts a private one, `auto` joins the one on this machine, or host:port. A Ray job always joins its cluster."""
     num_cpus: int | None = Field(None, ge=1)
-    """CPUs a local Ray offers to actors. Unset: as many as the recipe's actors ask for, however many the machine has."""
+    """CPUs a local Ray offers to actors. Unset: as many as the recipe's actors ask for, with room for at least 16 rollout
+    actors (`ray-rl scale`), however many the machine has."""
     object_store_mib: int = Field(512, ge=80)
     """Shared memory of a local Ray's object store."""
     log_to_driver: bool = False

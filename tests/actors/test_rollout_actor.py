@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.exceptions import ActorDiedError, NodeDiedError, OwnerDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, NodeDiedError, OwnerDiedError, RayActorError, RayTaskError
 
 from actors.engine import EngineDied
 from actors.pool import ActorDied, WeightsGone
@@ -48,6 +48,12 @@ async def test_a_loss_by_ray_is_the_death_of_the_actor(error):
     with pytest.raises(ActorDied) as death:
         await _result(failing(error))
     assert len(str(death.value).splitlines()) == 1
+
+
+async def test_of_rays_many_lines_the_one_that_says_why_is_told():
+    text = "The actor died.\n\tpid: 1\nThe actor is dead because its node has died. Some common causes include: (1) ..."
+    with pytest.raises(ActorDied, match=r"^The actor is dead because its node has died\.$"):
+        await _result(failing(RayActorError(error_msg=text)))
 
 
 async def test_an_error_that_is_written_for_people_comes_as_it_was():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from ray_rl.recorder import read_groups
 from tests.running import SMALL, STEP_SECONDS, audited, metrics, reward_file, trained_steps, training
@@ -16,7 +17,7 @@ STEPS = 6
 SAVED = 3
 
 
-def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(tmp_path: Path) -> None:
+def test_a_resumed_run_sees_and_becomes_what_an_uninterrupted_one_does(tmp_path: Path) -> None:
     overrides = [*SMALL, "deterministic=true", f"training.steps={STEPS}", f"checkpoint.every={SAVED}"]
     overrides.append(reward_file(tmp_path, 0.1))
     with training(tmp_path / "whole") as whole:
@@ -35,12 +36,11 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(tmp_path: Path) -> No
     assert ledger(broken.folder) == ledger(whole.folder)
     assert audited(broken.folder) == audited(whole.folder)
     assert rates(broken.folder) == rates(whole.folder)
-    groups, expected = sampled(broken.folder), sampled(whole.folder)
-    assert groups.keys() == expected.keys()
-    assert len(groups) == 4 * STEPS
-    # The same seeds give the same tokens, but for the rare one that rounding in another batch decides.
-    same = sum(groups[key] == expected[key] for key in groups)
-    assert same >= len(groups) - 2
+    # The same seeds give the same tokens: that rounding in another batch decides one happens in one of a million.
+    assert sampled(broken.folder) == sampled(whole.folder)
+    assert len(sampled(whole.folder)) == 4 * STEPS
+    weights, expected = (load_file(run.folder / "final" / "model.safetensors") for run in (broken, whole))
+    assert max((weights[name] - expected[name]).abs().max().item() for name in expected) < 1e-4
 
 
 def ledger(folder: Path) -> str:

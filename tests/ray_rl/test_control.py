@@ -13,11 +13,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray.exceptions import GetTimeoutError, RayError
 
+from ray_rl import control_client
 from ray_rl.config import RunConfig
-from ray_rl.control import CONTROL_FILE, Contact, scale_pool
-from ray_rl.control_client import NotRunning, ask_status, order_scale
-from ray_rl.errors import ConfigError
+from ray_rl.control import CONTROL_FILE, Contact, ControlServer, pid_namespace, scale_pool
+from ray_rl.control_client import NotRunning, ask_status, order_scale, share_environment
+from ray_rl.deadlines import DeadlineExceeded
+from ray_rl.errors import ConfigError, RunError
+from ray_rl.mailbox import PERHAPS_OBEYED, Order, RunStatus
 from ray_rl.run_state import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +63,46 @@ def test_actors_without_a_place_are_told_of():
     )
 
 
+def test_a_cluster_that_does_not_say_what_it_has_leaves_the_pool_as_it_was():
+    def breaks(size: int) -> int:
+        raise ConnectionError("no answer")
+
+    pool = FakePool(1)
+    with pytest.raises(ConnectionError):
+        scale_pool(pool, 4, breaks)
+    assert pool.size == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigError("too many"),
+        RunError("too many"),
+        RayError("too many"),
+        RuntimeError("too many"),
+        DeadlineExceeded("too many"),
+        BrokenPipeError("too many"),
+    ],
+)
+def test_an_order_that_goes_wrong_is_answered(tmp_path, error):
+    def scale(size: int) -> str:
+        raise error
+
+    server = ControlServer(tmp_path, "test", status=RunStatus, scale=scale, warn=print)
+    answer = server._obey(Order(number=1, size=2))
+    assert not answer.accepted
+    assert "too many" in answer.text
+
+
+def test_an_order_whose_answer_does_not_come_may_still_be_carried_out(monkeypatch):
+    def late(refs: object, timeout: float) -> object:
+        raise GetTimeoutError("late")
+
+    monkeypatch.setattr("ray.get", late)
+    with pytest.raises(DeadlineExceeded, match=r"; the order may still be carried out; see ray-rl status$"):
+        control_client._answer(Path("run"), None, otherwise=PERHAPS_OBEYED)
+
+
 def test_nobody_can_want_no_actors():
     with pytest.raises(ConfigError, match="at least 1"):
         scale_pool(FakePool(1), 0, everywhere)
@@ -78,6 +122,7 @@ def contact(**known) -> Contact:
         "environment": {},
         "host": socket.gethostname(),
         "pid": own.pid,
+        "pid_namespace": pid_namespace(),
         "started": own.create_time(),
     }
     return Contact(**{**usual, **known})
@@ -107,12 +152,59 @@ def test_a_damaged_control_file_is_one_line(run, content):
         ({"started": 1.0}, "is no more"),  # another process got the number
         ({}, "refused"),
         ({"host": "elsewhere", "pid": 2**22 + 1}, "refused"),
+        ({"pid_namespace": "pid:[1]", "pid": 2**22 + 1}, "refused"),  # another container's number says nothing here
     ],
 )
 def test_what_a_killed_driver_left_is_recognised_without_ray(run, known, reason):
     (run / CONTROL_FILE).write_text(json.dumps(asdict(contact(**known))))
     with pytest.raises(NotRunning, match=rf"is gone \(.*{reason}.*\); go on with it"):
         ask_status(run)
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        {"address": 1},
+        {"address": "local"},  # Ray would start one
+        {"name": None},
+        {"environment": {"RAY_AUTH_MODE": 1}},
+        {"environment": ["RAY_AUTH_MODE"]},
+        {"pid": "1"},
+        {"pid": True},
+        {"pid": -1},
+        {"pid_namespace": 1},
+        {"started": "yesterday"},
+    ],
+)
+def test_a_control_file_with_a_field_of_another_kind_is_one_line_that_names_it(run, known):
+    (run / CONTROL_FILE).write_text(json.dumps(asdict(contact()) | known))
+    with pytest.raises(NotRunning, match=rf"^[^\n]*control.json: cannot be read: {next(iter(known))}[^\n]*$"):
+        ask_status(run)
+
+
+def test_another_users_control_file_is_refused(run, monkeypatch):
+    path = run / CONTROL_FILE
+    path.write_text(json.dumps(asdict(contact())))
+    if path.stat().st_uid == 0:
+        os.chown(path, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    with pytest.raises(ConfigError, match=r"^[^\n]*control.json: belongs to another user \(\d+\)[^\n]*$"):
+        ask_status(run)
+
+
+def test_of_the_drivers_environment_only_what_lets_a_process_in_is_taken(run, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    given = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": "/token",
+        "LD_PRELOAD": "evil.so",
+        "RAY_ADDRESS": "evil:1",
+    }
+    before = dict(os.environ)
+    share_environment(contact(environment=given))
+    changed = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    assert changed == {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/token"}
 
 
 def test_fewer_than_one_actor_is_refused_before_anything_is_asked(run):

@@ -2,12 +2,13 @@ import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ray_rl import installation
 from ray_rl.config import RunConfig, resolve_config
-from ray_rl.doctor import cpus, device_memory, devices, disk, examine, memory, require, shared_memory, task
+from ray_rl.doctor import cpus, device_memory, devices, disk, examine, memory, require, room, shared_memory, task
 from ray_rl.embedded import policy_path
 from ray_rl.errors import ConfigError
 from ray_rl.footprint import GIB, Footprint
@@ -113,9 +114,9 @@ def test_packages_are_held_against_the_pins(monkeypatch):
 
 
 def test_memory_beyond_the_machines_is_a_fault_and_beyond_what_is_free_a_warning():
-    wanted = [memory(config(), footprint(), machine(available=size * GIB, memory=16 * GIB)) for size in (12, 8)]
+    wanted = [memory(config(), footprint(), machine(available=size * GIB, memory=16 * GIB)) for size in (12, 7)]
     assert verdicts(wanted) == ["ok", "warning"]
-    assert memory(config(), footprint(), machine(memory=8 * GIB)).verdict == "fault"
+    assert memory(config(), footprint(), machine(memory=7 * GIB)).verdict == "fault"
 
 
 def test_actors_that_a_range_only_allows_are_no_fault():
@@ -130,9 +131,20 @@ def test_a_gpu_that_cannot_hold_a_rank_or_an_engine_is_a_fault():
     assert "learner.zero_stage" in found[0].mend
 
 
-def test_shared_memory_must_hold_two_versions():
-    small = [shared_memory(config(), footprint(), machine(shared_memory=size)) for size in (GIB, 2 * GIB, 3 * GIB)]
+def test_shared_memory_must_hold_one_version():
+    small = [shared_memory(config(), footprint(), machine(shared_memory=size)) for size in (GIB - 1, GIB, 2 * GIB)]
     assert verdicts(small) == ["fault", "warning", "ok"]
+
+
+def test_what_a_killed_run_left_in_shared_memory_is_removed_before_its_room_is_measured(tmp_path, monkeypatch):
+    left = [tmp_path / f"ray-rl-killed{ending}" for ending in ("-v3.bin", ".owners")]
+    for path in left:
+        path.touch()
+    monkeypatch.setattr("ray_rl.weight_file.shared_memory_folder", lambda: tmp_path)
+    room_without = SimpleNamespace(free=8 * GIB)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0) if left[0].exists() else room_without)
+    assert not any("shared memory" in line for line in require(config()))
+    assert not any(path.exists() for path in left)
 
 
 def test_checkpoints_that_are_there_give_their_room_back(tmp_path):
@@ -162,6 +174,15 @@ def test_a_cluster_that_does_not_answer_is_a_fault():
         require(config("ray.address=127.0.0.1:1"))
 
 
+@pytest.mark.parametrize(("seconds", "verdict"), [(5, "fault"), (10, "fault"), (600, "warning")])
+def test_a_cluster_without_room_is_a_fault_unless_the_run_waits_for_an_autoscaler(seconds, verdict):
+    waits = config("ray.address=10.0.0.1:6379", f"ray.placement_timeout={seconds}")
+    finding = room(waits, [{"CPU": 0.5}])
+    assert (finding.check, finding.verdict) == ("ray.address", verdict)
+    assert "ray.placement_timeout" in finding.mend
+    assert room(waits, [{"CPU": 64.0}]).verdict == "ok"
+
+
 @pytest.mark.parametrize(
     ("missing", "line"), [("config.json", "has no config.json"), ("tokenizer.json", "has no tokenizer")]
 )
@@ -179,6 +200,31 @@ def test_a_model_that_must_be_fetched_is_a_warning_and_offline_a_fault(tmp_path,
     assert any(line.startswith("model.path: some/model is not on this machine") for line in require(hub))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
+        require(hub)
+
+
+@pytest.mark.parametrize(
+    ("missing", "line"), [("model.safetensors", "has no weights"), ("tokenizer.json", "has no tokenizer")]
+)
+def test_a_model_whose_copy_in_the_hubs_cache_is_not_whole_is_a_warning_and_offline_a_fault(
+    tmp_path, monkeypatch, missing, line
+):
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
+    shutil.copytree(policy_path(), snapshot)
+    (snapshot / missing).unlink()
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    hub = config("model.path=some/model")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    found = list(examine(hub))
+    told = [finding for finding in found if finding.check == "model.path"]
+    assert verdicts(told) == ["warning"]
+    assert line in told[0].found
+    assert "will be fetched" in told[0].found
+    assert {"memory", "shared memory", "disk"}.isdisjoint(finding.check for finding in found)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match=line):
         require(hub)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from ray_rl.config import resolve_config
 from ray_rl.embedded import policy_path
-from ray_rl.footprint import GIB, Footprint, count_parameters, hidden_size, model_folder
+from ray_rl.footprint import GIB, Footprint, count_parameters, has_weights, hidden_size, is_on_hub, model_folder
 
 MILLION = 10**6
 
@@ -53,8 +53,14 @@ def test_an_engine_on_cpu_holds_weights_and_cache():
 def test_one_machine_holds_all_of_it():
     config = resolve_config({})
     found = footprint()
-    everything = GIB + found.rank_host + 3 * found.engine_host + 2 * found.weights
+    everything = GIB + found.rank_host + 3 * found.engine_host + found.weights
     assert found.on_one_machine(config, 3) == everything
+
+
+def test_weights_that_go_through_nccl_need_no_shared_memory():
+    gpu = ("rollout.gpus_per_actor=1", "learner.gpus_per_rank=1")
+    config = resolve_config({}, (*gpu, "weights={kind: nccl}"))
+    assert footprint(*gpu).weight_files(config) == 0
 
 
 def test_the_embedded_policy_is_counted_from_its_header():
@@ -85,6 +91,27 @@ def test_a_folder_without_safetensors_is_not_counted(tmp_path):
 def test_a_models_width_stands_in_its_settings(tmp_path, settings, width):
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert hidden_size(tmp_path) == width
+
+
+def test_weights_are_missing_until_every_file_that_the_index_names_is_there(tmp_path):
+    assert not has_weights(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
+    for name in ("a.safetensors", "b.safetensors"):
+        assert not has_weights(tmp_path)
+        (tmp_path / name).touch()
+    assert has_weights(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {"x": 1}}'])
+def test_a_bad_index_is_not_told_of_as_missing_weights(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    assert has_weights(tmp_path)
+
+
+def test_only_a_name_is_looked_for_on_the_hub(tmp_path):
+    paths = ("embedded", str(tmp_path), "some/model")
+    assert [is_on_hub(resolve_config({"model": {"path": path}})) for path in paths] == [False, False, True]
 
 
 def test_a_model_of_the_hub_lies_in_its_cache_or_is_not_here(tmp_path, monkeypatch):

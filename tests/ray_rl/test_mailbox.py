@@ -54,18 +54,18 @@ async def test_an_order_goes_to_the_driver_once_and_its_answer_to_who_gave_it():
 async def test_an_order_that_nobody_waits_for_any_more_is_not_carried_out(monkeypatch):
     monkeypatch.setattr(mailbox, "ANSWER_SECONDS", 0.01)
     box = Mailbox()
-    with pytest.raises(DeadlineExceeded, match="the run's driver to take the order"):
+    with pytest.raises(DeadlineExceeded, match=r"the run's driver to take the order.*; the order is withdrawn$"):
         await box.scale(3)
     assert await box.exchange(status(), {}) == []
 
 
-async def test_an_answer_that_comes_too_late_is_dropped(monkeypatch):
+async def test_an_answer_that_comes_too_late_is_dropped_and_its_order_may_be_carried_out(monkeypatch):
     monkeypatch.setattr(mailbox, "ANSWER_SECONDS", 0.01)
     box = Mailbox()
     ordered = asyncio.create_task(box.scale(3))
     await asyncio.sleep(0)
     (order,) = await box.exchange(status(), {})
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises(DeadlineExceeded, match=r"; the order may still be carried out; see ray-rl status$"):
         await ordered
     assert await box.exchange(status(), {order.number: Answer(accepted=True, text="late")}) == []
 
