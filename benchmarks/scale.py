@@ -19,6 +19,7 @@ import time
 from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import psutil
 
@@ -54,7 +55,7 @@ def run(options: Options) -> CaseResult:
     flood = f"{sizes[-1]}, groups of {_FLOOD_SECONDS:g} s"
     measured[flood] = _measured(sizes[-1], 2 * steps, _FLOOD_SECONDS)
     of_one = measured["1"]["groups_per_second"] * _GROUP_SECONDS
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "actors": name,
             "groups/s": numbers["groups_per_second"],

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from benchmarks.training_process import TrainingProcess
+from benchmarks.training_process import PARTS, TrainingProcess
 from tests.running import SMALL, STEP_SECONDS, audited, command, shared_memory_files, trained_steps, training
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(500)]
@@ -59,16 +61,17 @@ def test_groups_that_wait_on_a_lost_node_are_sampled_again_and_a_new_node_takes_
             "rollout.cpus_per_actor=2",
             f"training.steps={STEPS}",
             "training.max_staleness=1",
-            # Training takes far longer than sampling: the next batch always waits.
+            # So that there are steps left when the last engine has started.
             "learner.epochs=12",
             "checkpoint.every=5",
         )
         run.wait_for("two actors to serve", lambda: last(run, "pool/actors") == 2, STEP_SECONDS)
-        run.wait_for("groups to wait", lambda: last(run, "buffer/depth") >= 4, STEP_SECONDS)
 
-        cluster.remove_node(nodes[0], allow_graceful=False)
-        run.wait_for("one actor to serve", lambda: last(run, "pool/actors") == 1, STEP_SECONDS)
+        with halted(learner()):
+            run.wait_for("the next groups to wait", lambda: "4 finished groups wait" in status(run), STEP_SECONDS)
+            cluster.remove_node(nodes[0], allow_graceful=False)
         run.wait_for("lost groups", lambda: "gone with the node they lay on" in run.printed, STEP_SECONDS)
+        run.wait_for("one actor to serve", lambda: last(run, "pool/actors") == 1, STEP_SECONDS)
 
         rollout_node(cluster)
         run.wait_for("the other actor's replacement", lambda: last(run, "pool/actors") == 2, STEP_SECONDS)
@@ -83,6 +86,26 @@ def test_groups_that_wait_on_a_lost_node_are_sampled_again_and_a_new_node_takes_
     assert shared_memory_files() <= before
     assert trained_steps(run.folder) == list(range(1, STEPS + 1))
     assert audited(run.folder).trained == 4 * STEPS
+
+
+def learner() -> psutil.Process:
+    """Below the cluster, and so below this process."""
+    below = psutil.Process().children(recursive=True)
+    (found,) = (one for one in below if " ".join(one.cmdline()).startswith(PARTS["learner"]))
+    return found
+
+
+@contextmanager
+def halted(process: psutil.Process) -> Iterator[None]:
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
+
+
+def status(run: TrainingProcess) -> str:
+    return command("status", str(run.folder))
 
 
 def last(run: TrainingProcess, metric: str) -> float:
