@@ -165,7 +165,8 @@ def _explain(error: ValidationError) -> list[str]:
             message = "is required"
         elif fault["type"] not in ("value_error", "union_tag_invalid"):
             message = f"{message} (got {shown(fault['input'])})"
-        lines.extend(printable(f"{path}: {line}" if path else line) for line in message.split("\n"))
+        # Cut by themselves: a long key must not hide what is wrong with it.
+        lines.extend(f"{printable(path)}: {printable(line)}" if path else printable(line) for line in message.split("\n"))
     return lines
 
 
