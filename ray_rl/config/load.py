@@ -166,7 +166,9 @@ def _explain(error: ValidationError) -> list[str]:
         elif fault["type"] not in ("value_error", "union_tag_invalid"):
             message = f"{message} (got {shown(fault['input'])})"
         # Cut by themselves: a long key must not hide what is wrong with it.
-        lines.extend(f"{printable(path)}: {printable(line)}" if path else printable(line) for line in message.split("\n"))
+        lines.extend(
+            f"{printable(path)}: {printable(line)}" if path else printable(line) for line in message.split("\n")
+        )
     return lines
 
 
