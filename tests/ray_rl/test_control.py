@@ -194,7 +194,7 @@ def test_another_users_control_file_is_refused(run, monkeypatch):
 
 
 def test_of_the_drivers_environment_only_what_lets_a_process_in_is_taken(run, monkeypatch):
-    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
     given = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": "/token",
