@@ -6,7 +6,8 @@ seconds) never counts against a job's deadline.
 
 This is a plain child with one socket, not a worker of a `concurrent.futures` or `pebble` pool: those share a queue and
 a lock between workers, break for good when an idle worker is killed, and need helper processes that outlive the pool.
-It guards against accidents, not against attacks: a grader that means to can leave its process group.
+It guards against accidents, not against attacks: what a grader started is killed with it, in whatever process group it is, but
+a daemon, whose parent has ended, escapes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
+
+import psutil
 
 from actors.grader_channel import Channel, ChannelBroken
 from actors.rewards import Verifier, final_answer_of, make_verifier
@@ -152,10 +155,21 @@ class GraderProcess:
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     if process.returncode is None:  # else its number may be someone else's by now
+        started = _descendants(process.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        for child in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):  # the system has not let go of it; it won't run on
             process.wait(_END_SECONDS)
+
+
+def _descendants(process: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(process).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _how_it_ended(code: int | None) -> str:

@@ -18,7 +18,7 @@ from actors.scoring import InPlaceScorer, ProcessPoolScorer, Scorer
 from actors.verdicts import shortened
 from ray_rl.config.reward import ExactRewardConfig, PythonRewardConfig, RewardConfig
 from ray_rl.config.run import RunConfig
-from ray_rl.deadlines import DeadlineExceeded, wait
+from ray_rl.deadlines import Deadline, DeadlineExceeded, first_of, wait
 from ray_rl.types import Reward, ScoringItem
 
 MAX_BATCH = 32
@@ -33,10 +33,13 @@ RESTART_POLL = 0.5
 
 T = TypeVar("T")
 
+_PROGRESS_GROUP = "progress"
+_PROGRESS_SECONDS = 10.0
+_WHY_LATE = "its node is overloaded or cannot be reached; see its log among Ray's"
 _log = logging.getLogger(__name__)
 
 
-@ray.remote(num_gpus=0, max_restarts=-1, max_concurrency=CONCURRENT_CALLS)
+@ray.remote(num_gpus=0, max_restarts=-1, max_concurrency=CONCURRENT_CALLS, concurrency_groups={_PROGRESS_GROUP: 1})
 class RewardActor:
     """A process pool that scores, reachable over Ray. It can be restarted: it has no state but its counters."""
 
@@ -58,6 +61,11 @@ class RewardActor:
     async def counters(self) -> dict[str, int]:
         """Gradings and failures by reason since this actor (re)started."""
         return self._scorer.counters()
+
+    @ray.method(concurrency_group=_PROGRESS_GROUP)
+    async def answered(self) -> int:
+        """Jobs that the graders are done with; answers also while calls of `score` queue."""
+        return self._scorer.answered
 
     async def close(self) -> None:
         """Kill the grader processes; they would also die with the actor."""
@@ -110,8 +118,7 @@ def make_scorer(config: RewardConfig, handles: Sequence[Any], timeout: float | N
     Args:
         config: the reward section.
         handles: reward actors; unused when the reward is scored in place.
-        timeout: seconds one batch may take at its actor, other callers' work included. Unset: twice what a batch takes
-            whose every grading times out.
+        timeout: of `RemoteScorer`. Unset: twice what a batch takes whose every grading times out.
     """
     if isinstance(config, ExactRewardConfig):
         return InPlaceScorer(config)
@@ -131,7 +138,8 @@ class RemoteScorer:
 
         Args:
             handles: of the actors.
-            timeout: seconds one batch may take.
+            timeout: seconds for which an actor may owe a batch without getting on with any. How many batches queue before
+                this one is no fault of anybody's.
             failure: reward of items whose batch got no answer.
 
         Raises:
@@ -176,7 +184,8 @@ class RemoteScorer:
             _log.warning("%s was lost with a batch of %d; trying once more: %s", _name(first), len(batch), lost)
         second = self._least_loaded()
         try:
-            await self._call(second, self._until_back(second), f"{_name(second)} to be restarted")
+            back = self._until_back(second)
+            await self._call(second, wait(back, self._timeout, what=f"{_name(second)} to be restarted"))
             return await self._ask(second, method, batch)
         except _Lost as error:
             reason = f"reward actor lost: {_name(first)} with a batch of {len(batch)} ({lost}), then {_name(second)} ({error})"
@@ -186,14 +195,38 @@ class RemoteScorer:
         self._loads[index] += len(batch)
         try:
             answers = getattr(self._handles[index], method).remote(batch)
-            return await self._call(index, answers, f"{method} of {len(batch)} items by {_name(index)}")
+            what = f"{method} of {len(batch)} items by {_name(index)}"
+            return await self._call(index, self._while_it_works(index, answers, what))
         finally:
             self._loads[index] -= len(batch)
 
-    async def _call(self, index: int, answer: Awaitable[T], what: str) -> T:
-        """Wait for an actor. Raises _Lost when it is gone or can't bring its graders up, _Unanswered when it is late."""
+    async def _while_it_works(self, index: int, answers: Awaitable[T], what: str) -> T:
+        """Wait as long as the actor gets on with something. Raises DeadlineExceeded when it does not."""
+        task = asyncio.ensure_future(answers)
         try:
-            return await wait(answer, self._timeout, what=what)
+            seen, looks = 0, 0
+            stalled = Deadline(self._timeout, what=what, causes=_WHY_LATE)
+            while not await first_of([task], self._timeout / 2):
+                now, looks = await self._answered(index), looks + 1
+                if looks > 1 and now == seen:
+                    raise stalled.exceeded()
+                seen = now
+            return task.result()
+        finally:
+            task.cancel()
+
+    async def _answered(self, index: int) -> int:
+        """How many jobs an actor is done with; -1: it does not say."""
+        seconds = min(_PROGRESS_SECONDS, self._timeout / 2)
+        try:
+            return await wait(self._handles[index].answered.remote(), seconds, what=f"{_name(index)} to say how it is")
+        except (RayError, DeadlineExceeded):
+            return -1
+
+    async def _call(self, index: int, answer: Awaitable[T]) -> T:
+        """What an actor answers. Raises _Lost when it is gone or can't bring its graders up, _Unanswered when it is late."""
+        try:
+            return await answer
         except (RayError, DeadlineExceeded, GraderStartError) as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
             if isinstance(error, RayTaskError) and not isinstance(cause, DeadlineExceeded | GraderStartError):

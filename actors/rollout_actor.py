@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from actors.pool_member import WeightsGone
 from actors.reward_actor import make_scorer
 from actors.rollout import Rollout, summarize
 from ray_rl.config import RunConfig
-from ray_rl.deadlines import result, wait
+from ray_rl.deadlines import in_thread, result, wait
 from ray_rl.stacks import stacks
 from ray_rl.tokenizer import load_tokenizer
 from ray_rl.types import GroupSummary, Prompt, ScoredSample, TrajectoryGroup
@@ -138,9 +139,9 @@ class RolloutActor:
             raise WeightsGone(f"{path}, which the learner would have written, is not there")
         chunks = _chunks(payload.chunks, asyncio.get_running_loop(), timeout)
         # In a thread: the engine goes on answering while hundreds of megabytes are written.
-        write = asyncio.to_thread(self._files.ensure, version, lambda: chunks, timeout=timeout)
+        write = partial(self._files.ensure, version, lambda: chunks, timeout=timeout)
         try:
-            return await wait(write, 2 * timeout, what=f"the file of policy version {version}")
+            return await in_thread(write, 2 * timeout, what=f"the file of policy version {version}")
         except ObjectLostError as error:
             raise WeightsGone(f"policy version {version} is gone with the process that stored it") from error
 

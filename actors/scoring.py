@@ -77,6 +77,7 @@ class ProcessPoolScorer:
         self._started: list[Future[None]] = [Future() for _ in self._graders]
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._waiting = 0
+        self._answered = 0
         self._closed = False
         self._tally = _Tally()
         self._threads = [
@@ -122,6 +123,11 @@ class ProcessPoolScorer:
         """``graded`` and, per reason, ``failed/<reason>``."""
         return self._tally.counters()
 
+    @property
+    def answered(self) -> int:
+        """Jobs that the processes are done with, whatever came of them: while it grows, the scorer works."""
+        return self._answered
+
     def close(self) -> None:
         """Kill the processes, whatever they are doing. What was waiting fails. Idempotent."""
         atexit.unregister(self.close)
@@ -142,12 +148,18 @@ class ProcessPoolScorer:
         rounds = math.ceil(self._waiting / len(self._graders))
         for request in requests:
             self._requests.put(request)
-        answers = asyncio.gather(*(asyncio.wrap_future(request.answer) for request in requests))
+        answers = asyncio.gather(*(self._answer(request) for request in requests))
         seconds = rounds * (START_TIMEOUT + self._config.timeout)
         try:
             return await wait(answers, seconds, what=f"{len(jobs)} gradings by {len(self._graders)} processes")
         finally:
             self._waiting -= len(requests)
+
+    async def _answer(self, request: _Request) -> object:
+        try:
+            return await asyncio.wrap_future(request.answer)
+        finally:
+            self._answered += 1
 
     def _serve(self, grader: GraderProcess, started: Future[None]) -> None:
         """The life of one thread: mostly waiting for its process, which the kernel kills when this thread ends."""

@@ -131,6 +131,7 @@ class Checkpoints:
 
         Raises:
             Damaged: a file is not what was written.
+            Unreadable: the system does not say whether one is.
         """
         state, files = self.read(step)
         if files is None:
@@ -149,6 +150,9 @@ class Checkpoints:
 
         Returns:
             Its state, None where there is none, and the lines.
+
+        Raises:
+            Unreadable: one that is newer than all that are whole may be whole, too.
         """
         skipped: list[str] = []
         for step in reversed(self._begun()):

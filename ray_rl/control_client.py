@@ -71,7 +71,7 @@ def _mailbox_of(folder: Path) -> Iterator[ActorHandle]:
     share_environment(contact)
     import ray
 
-    from ray_rl.ray_session import call_within, join
+    from ray_rl.ray_session import join
 
     try:
         join(contact.address, seconds=_JOIN_SECONDS)
@@ -82,7 +82,9 @@ def _mailbox_of(folder: Path) -> Iterator[ActorHandle]:
             "machine of its cluster and as the user who started the run"
         ) from error
     try:
-        yield call_within(lambda: _find(contact, folder), ANSWER_SECONDS, what="the run's Ray to name its mailbox")
+        yield deadlines.call_within(
+            lambda: _find(contact, folder), ANSWER_SECONDS, what="the run's Ray to name its mailbox"
+        )
     finally:
         ray.shutdown()
 

@@ -5,6 +5,7 @@
     `wait` for an awaitable or a Ray reference  | `get` of Ray references
     `first_of` several tasks                    | `result` of a `concurrent.futures.Future`
     `end` a task: cancel it, wait until it has  | `join` a thread or a process
+    `in_thread` for work that blocks            | `call_within` for what knows no deadline
 
 `Deadline` is for loops that ask again and again. tests/test_waits.py finds whoever waits otherwise.
 """
@@ -16,7 +17,7 @@ import concurrent.futures
 import subprocess
 import threading
 import time
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
 from ray_rl.errors import RunError
@@ -128,6 +129,24 @@ async def end(task: asyncio.Future[Any], seconds: float, *, what: str) -> None:
         raise deadline.exceeded()
 
 
+async def in_thread(work: Callable[[], T], seconds: float, *, what: str, causes: str = "") -> T:
+    """Do work that blocks in a thread of its own, and await that. `call_within` is the same for code that may block itself.
+
+    Not `asyncio.to_thread`: at its end a program waits for those threads, so that one which hangs, as in a file system that
+    does not answer, would keep the error about it from ever being seen.
+
+    Args:
+        work: to be called in the thread.
+        seconds: longest wait.
+        what: completes the sentence "waited 12 s for ...".
+        causes: completes the sentence "likely: ...".
+
+    Raises:
+        DeadlineExceeded: it is not done in time; it goes on, and whatever comes of it is forgotten.
+    """
+    return await wait(asyncio.wrap_future(_in_daemon(work, what)), seconds, what=what, causes=causes)
+
+
 def get(refs: object, seconds: float, *, what: str, causes: str = "") -> object:
     """`ray.get` with a deadline.
 
@@ -157,6 +176,36 @@ def result(future: concurrent.futures.Future[T], seconds: float, *, what: str, c
         future.cancel()
         raise deadline.exceeded()
     return future.result()
+
+
+def call_within(call: Callable[[], T], seconds: float, *, what: str, causes: str = "") -> T:
+    """Call what knows no deadline itself; the thread of a call that is late is given up, and ends with the process.
+
+    Args:
+        call: runs in a thread of its own.
+        seconds: longest wait.
+        what: completes the sentence "waited 12 s for ...".
+        causes: completes the sentence "likely: ...".
+
+    Raises:
+        DeadlineExceeded: it is not done in time.
+    """
+    return result(_in_daemon(call, what), seconds, what=what, causes=causes)
+
+
+def _in_daemon(work: Callable[[], T], what: str) -> concurrent.futures.Future[T]:
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+    done.set_running_or_notify_cancel()  # who gives up waiting does not end the work
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        # Whatever the work raises belongs to who waits for it.
+        except BaseException as error:  # noqa: BLE001
+            done.set_exception(error)
+
+    threading.Thread(target=run, name=f"waited for: {what}", daemon=True).start()
+    return done
 
 
 def join(worker: threading.Thread | subprocess.Popen[Any], seconds: float, *, what: str, causes: str = "") -> None:

@@ -17,6 +17,8 @@ from typing import Any
 
 import xxhash
 
+from ray_rl.errors import RunError
+
 MANIFEST = "manifest.json"
 _BLOCK_BYTES = 4 << 20
 _THREADS = min(8, os.cpu_count() or 1)
@@ -25,6 +27,15 @@ _NAMED_FAULTS = 3
 
 class Damaged(ValueError):
     """A folder is not what was written; the message names the files, in one line."""
+
+
+class Unreadable(RunError):
+    """The system does not let a file be read; it may well be what was written, so nothing is concluded from that."""
+
+    def __init__(self, folder: Path, name: str, error: OSError) -> None:
+        """`name`: of the file in the folder; `error`: what the system said."""
+        mend = f"try again when the storage answers, or move {folder} away if it is broken for good"
+        super().__init__(f"{folder / name}: cannot be read: {error.strerror}; {mend}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +72,14 @@ def damage(folder: Path, files: Mapping[str, FileEntry]) -> str | None:
     """What differs in a folder from what it held, in one line with the first few names; None: nothing. More files don't matter.
 
     Sizes come first; contents are read where all of them are right.
+
+    Raises:
+        Unreadable: whether something differs cannot be said.
     """
-    paths = [folder / name for name in files]
-    faults = [fault for fault in map(_size_fault, paths, files, files.values()) if fault]
+    faults = [fault for fault in map(partial(_size_fault, folder), files, files.values()) if fault]
     if not faults:
         with ThreadPoolExecutor(_THREADS) as threads:
-            faults = [fault for fault in threads.map(_content_fault, paths, files, files.values()) if fault]
+            faults = [fault for fault in threads.map(partial(_content_fault, folder), files, files.values()) if fault]
     if not faults:
         return None
     more = len(faults) - _NAMED_FAULTS
@@ -85,23 +98,23 @@ def _entry(path: Path, *, sync: bool = False) -> FileEntry:
     return FileEntry(bytes=size, xxh3=digest.hexdigest())
 
 
-def _size_fault(path: Path, name: str, entry: FileEntry) -> str | None:
+def _size_fault(folder: Path, name: str, entry: FileEntry) -> str | None:
     try:
-        longer = path.stat().st_size - entry.bytes
+        longer = (folder / name).stat().st_size - entry.bytes
     except (FileNotFoundError, NotADirectoryError):
         return f"{name} is missing"
     except OSError as error:
-        return f"{name} cannot be read ({error.strerror})"
+        raise Unreadable(folder, name, error) from error
     if longer:
         return f"{name} is {abs(longer)} bytes {'longer' if longer > 0 else 'shorter'} than it was written"
     return None
 
 
-def _content_fault(path: Path, name: str, entry: FileEntry) -> str | None:
+def _content_fault(folder: Path, name: str, entry: FileEntry) -> str | None:
     try:
-        return None if _entry(path) == entry else f"{name} is not what was written"
+        return None if _entry(folder / name) == entry else f"{name} is not what was written"
     except OSError as error:
-        return f"{name} cannot be read ({error.strerror})"
+        raise Unreadable(folder, name, error) from error
 
 
 def write_manifest(folder: Path, data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> None:
@@ -124,13 +137,14 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, FileEntry] | 
 
     Raises:
         Damaged: it is missing, or not what was written.
+        Unreadable: which of the two cannot be said.
     """
     try:
         text = (folder / MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Damaged(f"{MANIFEST} is missing") from error
     except OSError as error:
-        raise Damaged(f"{MANIFEST} cannot be read ({error.strerror})") from error
+        raise Unreadable(folder, MANIFEST, error) from error
     try:
         data = dict(json.loads(text))
         digest = data.pop("xxh3", None)

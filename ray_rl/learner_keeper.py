@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
 from ray_rl.collector import RunStopped
-from ray_rl.deadlines import wait
+from ray_rl.deadlines import in_thread
 from ray_rl.protocols import Learner, LearnerDied
 from ray_rl.run_state import RunFolder, RunState
 
@@ -102,4 +101,4 @@ class LearnerKeeper:
             self._warn(line)
 
     async def _in_thread(self, work: Callable[[], T], *, what: str) -> T:
-        return await wait(asyncio.to_thread(work), self._timeout, what=what, causes="a file system that hangs")
+        return await in_thread(work, self._timeout, what=what, causes="a file system that hangs")

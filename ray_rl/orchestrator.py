@@ -27,7 +27,7 @@ from ray_rl.buffer import Batch, StalenessBuffer
 from ray_rl.collector import Collector, RunStopped
 from ray_rl.config import RunConfig
 from ray_rl.config.rollout import ActorRange
-from ray_rl.deadlines import end, first_of, wait
+from ray_rl.deadlines import end, first_of, in_thread
 from ray_rl.errors import NotWritten, RunError, first_error, writing
 from ray_rl.evaluation import evaluate
 from ray_rl.journal import Journal
@@ -350,11 +350,10 @@ class Orchestrator:
             await self._evaluate_in_any_case()
         self._journal.begin("saving")
         trained = self._folder.checkpoint(self._step) / "policy"
-        copied = asyncio.to_thread(shutil.copytree, trained, self._folder.final, dirs_exist_ok=True)
+        copy = partial(shutil.copytree, trained, self._folder.final, dirs_exist_ok=True)
         with writing(self._folder.final):
-            await wait(
-                copied, self._config.learner.step_timeout, what=f"the trained policy to lie in {self._folder.final}"
-            )
+            seconds = self._config.learner.step_timeout
+            await in_thread(copy, seconds, what=f"the trained policy to lie in {self._folder.final}")
 
     async def _evaluate(self) -> Mapping[str, float]:
         self._journal.begin(f"evaluating on {len(self._evaluation_prompts)} held-out problems")

@@ -8,8 +8,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -17,7 +16,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ray_rl.config import RunConfig
-from ray_rl.deadlines import DeadlineExceeded, result
+from ray_rl.deadlines import DeadlineExceeded, call_within
 from ray_rl.errors import ConfigError, RunError, first_error
 from ray_rl.placement import Demand, Node, cluster_address, is_own_ray, knock, named_address
 
@@ -100,30 +99,6 @@ def join(address: str, *, log_to_driver: bool = False, seconds: float = _JOIN_SE
     )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-
-
-def call_within(call: Callable[[], T], seconds: float, *, what: str) -> T:
-    """Call what knows no deadline itself; the thread of a call that is late is given up, and ends with the process.
-
-    Args:
-        call: runs in a thread.
-        seconds: longest wait.
-        what: completes the sentence "waited 12 s for ...".
-
-    Raises:
-        DeadlineExceeded: it is not done in time.
-    """
-    outcome: Future[T] = Future()
-    outcome.set_running_or_notify_cancel()  # from now on nobody can cancel it, and the thread may always answer
-
-    def work() -> None:
-        try:
-            outcome.set_result(call())
-        except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
-            outcome.set_exception(error)
-
-    threading.Thread(target=work, name="call with a deadline", daemon=True).start()
-    return result(outcome, seconds, what=what)
 
 
 def run_to_end(work: Coroutine[Any, Any, T]) -> T:

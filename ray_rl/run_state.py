@@ -134,7 +134,8 @@ class RunFolder:
         It reads that checkpoint wholly. `prune` then removes the damaged ones, which are newer.
 
         Raises:
-            RunError: there are checkpoints, but none is whole.
+            RunError: there are checkpoints, but none is whole; or the system does not let a newer one be read, which
+                is no reason to give it up.
         """
         state, notes = self._checkpoints.newest_whole(instead="going on from")
         if state is None and notes:

@@ -9,10 +9,11 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from ray_rl.deadlines import DeadlineExceeded, result, wait
+from ray_rl.deadlines import DeadlineExceeded, in_thread, result, wait
 from ray_rl.errors import NotWritten, writing
 from ray_rl.stacks import stacks
 
@@ -76,8 +77,7 @@ class Watchdog:
         """Watch no longer. A report in the making may still be finished."""
         self._closed.set()
         # In a thread, for the watchdog may be waiting for this event loop.
-        ended = asyncio.to_thread(self._thread.join, _END_SECONDS)
-        await wait(ended, 2 * _END_SECONDS, what="the watchdog to end")
+        await in_thread(partial(self._thread.join, _END_SECONDS), 2 * _END_SECONDS, what="the watchdog to end")
 
     def moved(self, what: str) -> None:
         """The run is alive. Cheap, from any thread.

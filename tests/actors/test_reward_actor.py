@@ -188,6 +188,12 @@ async def test_a_batch_that_takes_too_long_fails_and_the_reason_names_the_actor(
     assert "0.5 s for score of 1 items by reward actor 0" in reward.failure
 
 
+async def test_a_batch_that_queues_behind_others_is_not_late_while_the_actor_gets_on_with_them(created, configured):
+    scorer = RemoteScorer(await created(configured(1)), 1.5, failure=-1.0)
+    batches = await asyncio.gather(*(scorer.score([item("time.sleep(0.3)")]) for _ in range(12)))
+    assert [reward.value for batch in batches for reward in batch] == [1.0] * 12
+
+
 async def test_a_verifier_that_cannot_be_imported_is_an_error_at_the_start(created, configured):
     with pytest.raises(RayTaskError, match="grader did not start: ModuleNotFoundError"):
         await created(configured(1, source=f"import no_such_module\n{GRADER}"))

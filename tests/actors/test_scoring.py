@@ -163,6 +163,17 @@ async def test_a_grader_that_dies_is_noticed_although_its_copy_lives_and_the_cop
     await asyncio.to_thread(wait_for_end, int(mark.read_text()))
 
 
+async def test_what_a_grader_started_in_a_group_of_its_own_is_killed_with_it(pool, tmp_path):
+    mark = tmp_path / "child"
+    code = (
+        "import subprocess\nchild = subprocess.Popen(['sleep', '600'], start_new_session=True)\n"
+        f"with open({str(mark)!r}, 'w') as file: file.write(str(child.pid))\nwhile True: pass"
+    )
+    [reward] = await pool.score([item(code)])
+    assert reward.failure == f"timeout: no verdict after {TIMEOUT:g} s"
+    await asyncio.to_thread(wait_for_end, int(mark.read_text()))
+
+
 async def test_an_alarm_that_a_grader_forgot_rings_in_nobody_elses_time(pool):
     alarm = "signal.signal(signal.SIGALRM, lambda *_: sys.exit('too late')); signal.setitimer(signal.ITIMER_REAL, 0.2)"
     rewards = await pool.score([item(alarm, "0.25"), item("time.sleep(0.4)", "0.75")])

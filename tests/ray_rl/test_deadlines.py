@@ -10,7 +10,7 @@ from concurrent.futures import Future
 import pytest
 
 from ray_rl import deadlines
-from ray_rl.deadlines import Deadline, DeadlineExceeded, end, first_of, join, result, wait
+from ray_rl.deadlines import Deadline, DeadlineExceeded, call_within, end, first_of, in_thread, join, result, wait
 
 LATE = r"waited 0\.01 s for it, and it did not come \(since \d\d:\d\d:\d\d\)"
 
@@ -94,6 +94,31 @@ async def test_the_first_of_several_is_returned_and_the_others_go_on():
     assert not slow.cancelling()
     await end(slow, 5, what="the slow one")
     assert slow.cancelled()
+
+
+async def test_work_in_a_thread_gives_what_it_gives_and_raises_what_it_raises():
+    assert await in_thread(threading.current_thread, 5, what="it") is not threading.current_thread()
+    with pytest.raises(SystemExit, match="enough"):
+        await in_thread(lambda: sys.exit("enough"), 5, what="it")
+
+
+HANGS = """
+import asyncio, threading
+from ray_rl.deadlines import DeadlineExceeded, in_thread
+
+async def main():
+    await in_thread(threading.Event().wait, 0.1, what="a file system that hangs")
+
+try:
+    asyncio.run(main())
+except DeadlineExceeded as late:
+    print(late)
+"""
+
+
+def test_a_thread_that_hangs_keeps_no_program_from_its_end():
+    program = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=60, check=True)
+    assert program.stdout.startswith("waited 0.1 s for a file system that hangs, and it did not come")
 
 
 async def test_ending_what_has_failed_is_no_failure():
@@ -183,3 +208,14 @@ def test_a_ray_timeout_is_told_apart_from_one_that_the_task_raised(monkeypatch, 
     monkeypatch.setattr(ray, "get", fail)
     with pytest.raises(GetTimeoutError if own else DeadlineExceeded):
         deadlines.get([], 5, what="it")
+
+
+def test_a_call_that_knows_no_deadline_gets_one():
+    assert call_within(lambda: 3, 5, what="a number") == 3
+    with pytest.raises(DeadlineExceeded, match=r"^waited 0.01 s for an answer"):
+        call_within(threading.Event().wait, 0.01, what="an answer")
+
+
+def test_what_a_call_with_a_deadline_raises_is_its_own():
+    with pytest.raises(ZeroDivisionError):
+        call_within(lambda: 1 // 0, 5, what="a number")

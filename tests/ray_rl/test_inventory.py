@@ -1,6 +1,7 @@
 """A folder that was written down and one that an accident changed are told apart."""
 
 import json
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -8,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_rl.inventory import MANIFEST, Damaged, damage, read_manifest, take, write_atomically, write_manifest
+from ray_rl.inventory import (
+    MANIFEST,
+    Damaged,
+    Unreadable,
+    damage,
+    read_manifest,
+    take,
+    write_atomically,
+    write_manifest,
+)
 from ray_rl.weight_manifest import digest_bytes
 
 
@@ -59,6 +69,18 @@ def test_an_accident_is_named_with_its_file(folder, accident, said):
     files = take(folder)
     accident(folder / "sub/b")
     assert damage(folder, files) == said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file that gives an input/output error is one of Linux's")
+def test_what_the_system_does_not_let_be_read_is_not_called_damaged(folder):
+    files = take(folder)
+    for path in (folder / "sub/deep/c", folder / MANIFEST):
+        path.unlink()
+        path.symlink_to("/proc/self/mem")  # of size 0, and nothing can be read at its beginning
+    with pytest.raises(Unreadable, match=r"/c: cannot be read: Input/output error; try again .* or move [^ ]+ away"):
+        damage(folder, files)
+    with pytest.raises(Unreadable, match=rf"{MANIFEST}: cannot be read: Input/output error"):
+        read_manifest(folder)
 
 
 def test_of_many_faults_the_first_few_are_named(tmp_path):

@@ -1,7 +1,6 @@
 """Errors of actors and of groups of tasks come out as what they were; no Ray is started here."""
 
 import asyncio
-import threading
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
@@ -9,7 +8,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray_rl.config import resolve_config
 from ray_rl.deadlines import DeadlineExceeded, wait
 from ray_rl.errors import ConfigError, RunError
-from ray_rl.ray_session import call_within, own_cpus, placement_seconds, ray_session, run_to_end
+from ray_rl.ray_session import own_cpus, placement_seconds, ray_session, run_to_end
 
 
 def of_an_actor(cause: Exception) -> Exception:
@@ -94,14 +93,3 @@ def test_a_ray_of_the_runs_own_has_room_for_more_actors_than_the_recipe_asks_for
     assert own_cpus(resolve_config({})) == 1 + 16
     assert own_cpus(resolve_config({"rollout": {"num_actors": 40}})) == 1 + 40
     assert own_cpus(resolve_config({"ray": {"num_cpus": 3}})) == 3
-
-
-def test_a_call_that_knows_no_deadline_gets_one():
-    assert call_within(lambda: 3, 5, what="a number") == 3
-    with pytest.raises(DeadlineExceeded, match=r"^waited 0.01 s for an answer"):
-        call_within(threading.Event().wait, 0.01, what="an answer")
-
-
-def test_what_a_call_with_a_deadline_raises_is_its_own():
-    with pytest.raises(ZeroDivisionError):
-        call_within(lambda: 1 // 0, 5, what="a number")
