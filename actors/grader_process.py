@@ -159,7 +159,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         for child in started:
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.Error):  # it is gone, or has become another user's
                 child.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):  # the system has not let go of it; it won't run on
             process.wait(_END_SECONDS)

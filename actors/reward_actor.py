@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 _PROGRESS_GROUP = "progress"
 _PROGRESS_SECONDS = 10.0
+_SILENT = -1
 _WHY_LATE = "its node is overloaded or cannot be reached; see its log among Ray's"
 _log = logging.getLogger(__name__)
 
@@ -203,25 +204,24 @@ class RemoteScorer:
     async def _while_it_works(self, index: int, answers: Awaitable[T], what: str) -> T:
         """Wait as long as the actor gets on with something. Raises DeadlineExceeded when it does not."""
         task = asyncio.ensure_future(answers)
+        seen, deadline = _SILENT, Deadline(self._timeout, what=what, causes=_WHY_LATE)
         try:
-            seen, looks = 0, 0
-            stalled = Deadline(self._timeout, what=what, causes=_WHY_LATE)
             while not await first_of([task], self._timeout / 2):
-                now, looks = await self._answered(index), looks + 1
-                if looks > 1 and now == seen:
-                    raise stalled.exceeded()
-                seen = now
+                now = await self._answered(index)
+                if now != seen:
+                    seen, deadline = now, Deadline(self._timeout, what=what, causes=_WHY_LATE)
+                deadline.check()
             return task.result()
         finally:
             task.cancel()
 
     async def _answered(self, index: int) -> int:
-        """How many jobs an actor is done with; -1: it does not say."""
+        """How many jobs an actor is done with; _SILENT: it does not say."""
         seconds = min(_PROGRESS_SECONDS, self._timeout / 2)
         try:
             return await wait(self._handles[index].answered.remote(), seconds, what=f"{_name(index)} to say how it is")
         except (RayError, DeadlineExceeded):
-            return -1
+            return _SILENT
 
     async def _call(self, index: int, answer: Awaitable[T]) -> T:
         """What an actor answers. Raises _Lost when it is gone or can't bring its graders up, _Unanswered when it is late."""

@@ -1,6 +1,8 @@
 """Reward actors on a real local Ray."""
 
 import asyncio
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -186,6 +188,18 @@ async def test_a_batch_that_takes_too_long_fails_and_the_reason_names_the_actor(
     assert reward.failure is not None
     assert reward.failure.startswith("reward actor late: ")
     assert "0.5 s for score of 1 items by reward actor 0" in reward.failure
+
+
+async def test_an_actor_that_hangs_is_late_although_nothing_can_be_asked_of_it(created, configured):
+    scorer = RemoteScorer(await created(configured(1)), 1.0, failure=-1.0)
+    [actor] = await graders_of(scorer, 1)
+    os.kill(actor, signal.SIGSTOP)
+    try:
+        [reward] = await scorer.score([item()])
+    finally:
+        os.kill(actor, signal.SIGCONT)
+    assert reward.failure is not None
+    assert reward.failure.startswith("reward actor late: waited 1 s for score of 1 items by reward actor 0")
 
 
 async def test_a_batch_that_queues_behind_others_is_not_late_while_the_actor_gets_on_with_them(created, configured):
