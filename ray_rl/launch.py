@@ -238,14 +238,16 @@ async def _actors(
             starting.create_task(start_reward_actors(reward_actors, rollout.start_timeout))
         yield _Actors(pool=pool, learner=learner)
     finally:
-        # The learner first: on each node the last user of the run's files removes them, and it is killed without ado.
-        if learner:
-            learner.shutdown()
         try:
-            await pool.shutdown()
-        finally:  # also when the user would not wait for the engines
-            await end_reward_actors(reward_actors)
-            sweep(run_id)
+            # The learner first: on each node the last user of the run's files removes them, and it is killed without ado.
+            if learner:
+                learner.shutdown()
+        finally:
+            try:
+                await pool.shutdown()
+            finally:  # also when the user would not wait for the engines
+                await end_reward_actors(reward_actors)
+                sweep(run_id)
 
 
 class _Recorder:
