@@ -8,6 +8,7 @@ import pytest
 
 from ray_rl import installation
 from ray_rl.config import RunConfig, resolve_config
+from ray_rl.config.nodes import Node
 from ray_rl.doctor import cpus, device_memory, devices, disk, examine, memory, require, room, shared_memory, task
 from ray_rl.embedded import policy_path
 from ray_rl.errors import ConfigError
@@ -177,10 +178,10 @@ def test_a_cluster_that_does_not_answer_is_a_fault():
 @pytest.mark.parametrize(("seconds", "verdict"), [(5, "fault"), (10, "fault"), (600, "warning")])
 def test_a_cluster_without_room_is_a_fault_unless_the_run_waits_for_an_autoscaler(seconds, verdict):
     waits = config("ray.address=10.0.0.1:6379", f"ray.placement_timeout={seconds}")
-    finding = room(waits, [{"CPU": 0.5}])
+    finding = room(waits, [Node(name="node", cpus=0.5)])
     assert (finding.check, finding.verdict) == ("ray.address", verdict)
     assert "ray.placement_timeout" in finding.mend
-    assert room(waits, [{"CPU": 64.0}]).verdict == "ok"
+    assert room(waits, [Node(name="node", cpus=64)]).verdict == "ok"
 
 
 @pytest.mark.parametrize(
@@ -247,3 +248,13 @@ def test_a_dataset_file_is_here_and_a_name_is_read_from_the_hub(tmp_path):
     (there,) = task(config("task={kind: dataset, path: openai/gsm8k}"))
     assert "hub" not in here.found
     assert "hub" in there.found
+
+
+def test_a_ray_of_the_runs_own_has_neither_labels_nor_custom_resources():
+    asks = config("rollout.labels={pool: a, ray.io/accelerator-type: H100}", "learner.resources={disk: 1}")
+    found = [finding for finding in examine(asks) if finding.check == "ray.address"]
+    assert [(finding.verdict, finding.found) for finding in found] == [
+        ("fault", "a Ray of the run's own has no disk, which learner asks for"),
+        ("fault", "a Ray of the run's own has no pool, which rollout asks for"),
+    ]
+    assert "leave out rollout.resources and rollout.labels" in found[1].mend
