@@ -21,12 +21,14 @@ from ray_rl.working_folder import WorkingFolder
 from tests.ray_nodes import RayNodes, ray_nodes
 from tests.running import SMALL, audited, metrics, shared_memory_files, trained_steps
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(360)]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 30
-ENGINE_SECONDS = 150.0
-"""In which engines have started that start side by side on two cores."""
+START_SECONDS = 240.0
+"""In which a run has begun: DeepSpeed compiles for a minute or two where it has never run with several ranks."""
+ENGINE_SECONDS = 120.0
+"""In which one more engine has started, beside two at work."""
 STEP_SECONDS = 120.0
 COMMAND_SECONDS = 60.0
 
@@ -36,7 +38,7 @@ from pathlib import Path
 
 def score(prompt, completion, answer, metadata):
     if Path({held!r}).exists():
-        time.sleep(0.2)
+        time.sleep(0.4)
     return float(completion.rpartition("#")[2].strip() == answer)
 """
 """A step takes some seconds while a file is there."""
@@ -168,12 +170,13 @@ def test_a_run_on_three_nodes_is_scaled_up_loses_one_and_is_complete_at_its_end(
     before = shared_memory_files()
     user.held.touch()
     job = user.train()
-    user.wait_for("a step with two actors", lambda: user.last("pool/actors") == 2, ENGINE_SECONDS)
+    user.wait_for("a step with two actors", lambda: user.last("pool/actors") == 2, START_SECONDS)
     nodes = ("head", "first", "second")
     where = {name: [title(process) for process in user.nodes.running_on(name)] for name in nodes}
     assert [has(where[name], "rollout actor") for name in nodes] == [0, 1, 1], where
     assert has(where["head"], "learner") == 2, where
-    assert all(one.pid in user.importers for name in nodes for one in user.nodes.running_on(name) if is_part(one))
+    parts = [one for name in nodes for one in user.nodes.running_on(name) if is_part(one)]
+    assert [title(one) for one in parts if one.pid not in user.importers] == []
 
     user.nodes.add("third", cpus=2)
     code, answer = user.call("scale", str(user.run), "3")
