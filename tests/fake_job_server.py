@@ -26,6 +26,10 @@ class FakeJobServer:
     """Numbers of pieces after which a connection breaks, one for each."""
     stays: bool = False
     """Whether the job goes on for ever."""
+    hangs: bool = False
+    """Whether the connection of a job that ends is never closed."""
+    knows_no_job: bool = False
+    """Whether the server has lost what it knew, as a head node that was started anew."""
     refusal: str = ""
     """What a submission is answered; empty: it is taken."""
     token: str = ""
@@ -54,6 +58,8 @@ class FakeJobServer:
         return web.json_response({"job_id": "j", "submission_id": job.get("submission_id", "raysubmit_1")})
 
     async def details(self, request: web.Request) -> web.Response:
+        if self.knows_no_job:
+            return web.Response(status=404, text="Job raysubmit_1 does not exist")
         now = {"status": "RUNNING"} if self.stays or self.cuts else self.end
         return web.json_response({"type": "SUBMISSION", "submission_id": "raysubmit_1", "entrypoint": "x", **now})
 
@@ -66,7 +72,7 @@ class FakeJobServer:
         if cut is not None:
             assert request.transport is not None
             request.transport.abort()
-        elif self.stays:
+        elif self.stays or self.hangs:
             await asyncio.sleep(_SECONDS)
         return socket
 
@@ -94,7 +100,7 @@ def serving(server: FakeJobServer) -> Iterator[FakeJobServer]:
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        server.address = "http://127.0.0.1:{}".format(*[runner.addresses[0][1]])
+        server.address = f"http://127.0.0.1:{runner.addresses[0][1]}"
 
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()

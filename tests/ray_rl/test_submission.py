@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from ray_rl import job_server
-from ray_rl.errors import ConfigError
-from ray_rl.job_log import report_lines
+from ray_rl.errors import ConfigError, RunError
+from ray_rl.job_log import JobLog, report_lines
 from ray_rl.job_server import JobEnd, JobServer
 from ray_rl.submission import Submission, exit_code
 from ray_rl.working_folder import PROGRAM, WorkingFolder
@@ -250,10 +250,30 @@ def test_the_address_comes_from_the_environment_too_and_the_option_wins(here):
     assert ray_rl("submit", "--", "status", "/x").stderr.startswith("error: --address: name the cluster's job server")
 
 
-def test_a_server_that_listens_and_says_nothing_is_waited_for_no_longer_than_needed(monkeypatch):
-    monkeypatch.setattr(job_server, "_ANSWER_SECONDS", 0.2)
+@pytest.fixture
+def impatient(monkeypatch) -> None:
+    """Waits of a job server's client are short, and what it leaves in the environment goes."""
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
+    for name in ("_ANSWER_SECONDS", "_LOST_SECONDS", "_QUIET_SECONDS", "_PAUSE_SECONDS"):
+        monkeypatch.setattr(job_server, name, 0.1 if name == "_PAUSE_SECONDS" else 0.5)
+
+
+def test_a_server_that_listens_and_says_nothing_is_waited_for_no_longer_than_needed(impatient):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(ConfigError, match=r"waited 0\.2 s for the job server"):
+        with pytest.raises(ConfigError, match=r"waited 0\.5 s for the job server"):
             JobServer.connect(address)
+
+
+def test_a_connection_that_is_never_closed_keeps_nobody_from_the_end_of_the_job(impatient):
+    with serving(FakeJobServer(hangs=True)) as server:
+        assert JobServer.connect(server.address).follow("raysubmit_1", JobLog(print)).status == "SUCCEEDED"
+
+
+def test_a_server_that_does_not_come_back_is_an_error_that_says_so(impatient):
+    with serving(FakeJobServer(knows_no_job=True)) as server:
+        client = JobServer.connect(server.address)
+        with pytest.raises(
+            RunError, match=r"waited 0\.5 s for the job server .* does not exist.*may go on all the same"
+        ):
+            client.follow("raysubmit_1", JobLog(print))
