@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks.training_process import PARTS
 from ray_rl.run_state import RunFolder
+from ray_rl.submission import Submission
 from ray_rl.working_folder import WorkingFolder
 from tests.ray_nodes import RayNodes, ray_nodes
 from tests.running import SMALL, audited, metrics, shared_memory_files, trained_steps
@@ -47,6 +48,19 @@ import os, pathlib
 pathlib.Path({folder!r}, str(os.getpid())).touch()
 """
 """At the end of a package of ours: whoever imports it leaves its number."""
+SAVES = """
+import pathlib, signal, sys, time
+
+def save(number, frame):
+    time.sleep(6)
+    pathlib.Path({folder!r}, "saved").touch()
+    sys.exit()
+
+signal.signal(signal.SIGTERM, save)
+pathlib.Path({folder!r}, "begun").touch()
+time.sleep(120)
+"""
+"""A program that takes longer to save than Ray would give it by itself."""
 
 
 @dataclass
@@ -92,6 +106,16 @@ class User:
         """Exit code and output of a command that ends soon."""
         job = self.start(*arguments, **environment)
         return job.wait(COMMAND_SECONDS), self.printed(job)
+
+    def shell(self, line: str) -> tuple[int, str]:
+        """Exit code and output of a line that is typed in the checkout."""
+        environment = {**os.environ, **self.nodes.environment, "PYTHONPATH": str(self.checkout)}
+        environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+        done = subprocess.run(
+            line, shell=True, cwd=self.checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, timeout=COMMAND_SECONDS, check=False,
+        )  # fmt: skip
+        return done.returncode, done.stdout
 
     def submit(self, *arguments: str) -> subprocess.Popen[str]:
         return self.start("submit", "--address", self.nodes.address, *arguments)
@@ -218,14 +242,24 @@ def test_a_jobs_own_refusal_and_rays_line_end_alike(user):
     refusal = "error: /nowhere or elsewhere: not a run folder"
     assert refusal in user.printed(job)
     line = next(line for line in user.printed(job).splitlines() if line.startswith("the same"))
-    environment = {**os.environ, **user.nodes.environment, "PYTHONPATH": str(user.checkout)}
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
-    rays = subprocess.run(
-        line.removeprefix("the same"), shell=True, cwd=user.checkout, env=environment,
-        capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False,
-    )  # fmt: skip
-    assert rays.returncode == 1
-    assert refusal in rays.stdout
+    code, printed = user.shell(line.removeprefix("the same"))
+    assert code == 1
+    assert refusal in printed
+
+
+def test_a_job_that_is_stopped_gets_the_time_to_save(user):
+    (user.checkout / "mine" / "saves.py").write_text(SAVES.format(folder=str(user.shared)))
+    folder = WorkingFolder(path=user.checkout, files={})
+    job = Submission(words=("python", "mine/saves.py"), folder=folder, submission_id="saves")
+    line = job.line(user.nodes.address).replace("ray job submit", "ray job submit --no-wait")
+    assert user.shell(line)[0] == 0
+    deadline = time.monotonic() + COMMAND_SECONDS
+    while not (user.shared / "begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    code, printed = user.shell(f"ray job stop --address {user.nodes.address} saves")
+    assert code == 0, printed
+    assert (user.shared / "saved").exists()
 
 
 def test_who_has_not_the_token_is_turned_away_with_one_line(user):
