@@ -190,6 +190,7 @@ def test_ctrl_c_leaves_the_job_alone(here):
         rest, _ = process.communicate(timeout=30)
     assert process.returncode == 130
     assert rest.startswith("job raysubmit_1 goes on")
+    assert f"ray job logs --address {server.address} --follow raysubmit_1" in rest
 
 
 def test_the_report_of_a_benchmark_is_written_here(here):
