@@ -19,7 +19,7 @@ _CPU_KV_CACHE_GIB = 1.0
 
 _CPU_TOLERANCE = 1e-4
 # vLLM's only attention kernel for float32 on GPUs multiplies in TF32, which keeps 10 bits.
-_GPU_TOLERANCE = 0.01
+_GPU_TOLERANCE = 0.05
 _HALF_TOLERANCE = 0.25
 
 
