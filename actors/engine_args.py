@@ -17,6 +17,12 @@ OWNER_PID = "RAY_RL_ENGINE_OWNER_PID"
 _GIB = 1024**3
 _CPU_KV_CACHE_GIB = 1.0
 
+_CPU_TOLERANCE = 1e-4
+# vLLM's only attention kernel for float32 on GPUs multiplies in TF32, which keeps 10 bits.
+_GPU_TOLERANCE = 0.05
+# In 16 bits a logit of 20 is a multiple of 1/8, and a probe has tokens that no policy would say.
+_HALF_TOLERANCE = 0.5
+
 
 def engine_args(config: RunConfig, model_path: str, seed: int) -> dict[str, Any]:
     """Keyword arguments of vLLM's AsyncEngineArgs.
@@ -96,6 +102,15 @@ def on_gpu(config: RunConfig) -> bool:
     return config.rollout.gpus_per_actor > 0
 
 
+def probe_tolerance(config: RunConfig) -> float:
+    """Largest difference of a log-probability, in nats, with which an engine still proves its weights."""
+    if config.weights.probe_tolerance is not None:
+        return config.weights.probe_tolerance
+    if config.model.dtype != "float32":
+        return _HALF_TOLERANCE
+    return _GPU_TOLERANCE if on_gpu(config) else _CPU_TOLERANCE
+
+
 def _cpu_args(config: RunConfig) -> dict[str, Any]:
     rollout = config.rollout
     return {
@@ -115,7 +130,8 @@ def _gpu_args(config: RunConfig) -> dict[str, Any]:
         # The actor holds all GPUs of its engine on one node, so plain processes below it suffice; the `ray` backend would
         # ask Ray for the same GPUs a second time and wait for ever.
         "distributed_executor_backend": "mp" if rollout.tensor_parallel > 1 else "uni",
-        "gpu_memory_utilization": rollout.gpu_memory_share,
+        # vLLM counts in whole GPUs; of a part of one it may take as much of that part.
+        "gpu_memory_utilization": rollout.gpu_memory_share * min(1.0, rollout.gpus_per_actor),
     }
     if rollout.kv_cache_gib is not None:
         args["kv_cache_memory_bytes"] = int(rollout.kv_cache_gib * _GIB)

@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from actors.engine import Engine, NcclVerb
+from actors.engine_args import probe_tolerance
 from actors.pool_member import WeightsGone
 from actors.reward_actor import make_scorer
 from actors.rollout import Rollout, summarize
@@ -25,9 +26,6 @@ from ray_rl.weight_manifest import ObjectStorePayload, Probe, WeightTransferErro
 
 STACKS_GROUP = "stacks"
 """Ray's concurrency group, and so the thread, of `RolloutActor.stacks`."""
-
-_FLOAT32_TOLERANCE = 1e-4
-_HALF_TOLERANCE = 0.25
 
 
 class RolloutActor:
@@ -100,7 +98,7 @@ class RolloutActor:
 
     async def prove_weights(self, probe: Probe) -> float:
         """The probe's largest difference. What was sampled since the weights came is given away only then."""
-        difference = await self._engine.prove(probe, self._tolerance())
+        difference = await self._engine.prove(probe, probe_tolerance(self._config))
         self._proven.set()
         return difference
 
@@ -149,11 +147,6 @@ class RolloutActor:
         """An engine that fails the proof is ended, and what it sampled meanwhile with it."""
         seconds = self._config.rollout.group_timeout
         await wait(self._proven.wait(), seconds, what="the proof of the weights that a group was sampled with")
-
-    def _tolerance(self) -> float:
-        configured = self._config.weights.probe_tolerance
-        default = _FLOAT32_TOLERANCE if self._config.model.dtype == "float32" else _HALF_TOLERANCE
-        return default if configured is None else configured
 
 
 def _chunks(refs: Sequence[Any], loop: asyncio.AbstractEventLoop, timeout: float) -> Iterator[memoryview]:

@@ -151,6 +151,11 @@ class LearnerEngine:
             logprobs, _ = self.deepspeed(sequences, predicting, sequences.input_ids[0, 1:], 1.0)
         return logprobs.tolist()
 
+    def parameter_shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, number format and shape of what `named_parameters_gathered` gives, in its order. No collective."""
+        dtype = getattr(torch, self.config.model.dtype)
+        return [(parameter.name, dtype, parameter.shape) for parameter in plain_parameters(self.model)]
+
     def parameter_bytes(self) -> list[int]:
         """Sizes of what `named_parameters_gathered` gives, in its order."""
         itemsize = getattr(torch, self.config.model.dtype).itemsize

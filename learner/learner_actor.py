@@ -120,7 +120,8 @@ class LearnerActor:
         if port is not None:
             from learner.nccl_publisher import NcclPublisher
 
-            self._sent = None  # ends the group there was
+            if self._sent is not None:
+                self._sent.close()
             self._sent = NcclPublisher(
                 self._engine,
                 actors,

@@ -231,7 +231,7 @@ def device_memory(config: RunConfig, footprint: Footprint, machine: Machine) -> 
     if not machine.gpus:
         return
     smallest = min(machine.gpus)
-    share = config.rollout.gpu_memory_share
+    share = config.rollout.gpu_memory_share * min(1.0, config.rollout.gpus_per_actor)
     for role, wanted, there, mend in (
         ("learner rank", footprint.rank_device, smallest, "learner.zero_stage, offload_optimizer or lora"),
         ("engine", footprint.engine_device, int(share * smallest), "rollout.tensor_parallel or gpu_memory_share"),

@@ -51,7 +51,8 @@ class RolloutConfig(Section):
     kv_cache_gib: float | None = Field(None, gt=0)
     """Memory of the key-value cache. Unset: 1 GiB on CPU, and on a GPU what `gpu_memory_share` leaves."""
     gpu_memory_share: float = Field(0.85, gt=0, le=1)
-    """Share of each GPU's memory that an engine may take."""
+    """Share that an engine may take of the memory of each of its GPUs; where `gpus_per_actor` is below 1, of that part of one.
+    A part wants `kv_cache_gib` as well: without it vLLM measures, and stumbles over what the neighbour does meanwhile."""
     block_size: int = Field(32, ge=1)
     """Tokens per cache block; only whole blocks of a prefix are found again."""
     max_sequences: int = Field(256, ge=1)

@@ -132,6 +132,13 @@ def test_a_gpu_that_cannot_hold_a_rank_or_an_engine_is_a_fault():
     assert "learner.zero_stage" in found[0].mend
 
 
+def test_half_a_gpu_has_half_of_its_memory_for_an_engine():
+    needs = footprint(rank_device=GIB, engine_device=8 * GIB)
+    for part, verdict in ((1, "ok"), (0.5, "fault")):
+        found = device_memory(config(*GPU_RECIPE, f"rollout.gpus_per_actor={part}"), needs, machine(gpus=(12 * GIB,)))
+        assert verdicts(found)[1] == verdict
+
+
 def test_shared_memory_must_hold_one_version():
     small = [shared_memory(config(), footprint(), machine(shared_memory=size)) for size in (GIB - 1, GIB, 2 * GIB)]
     assert verdicts(small) == ["fault", "warning", "ok"]
