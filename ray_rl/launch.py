@@ -10,7 +10,7 @@ import json
 import signal
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -40,11 +40,12 @@ from ray_rl.placement import Demand, is_own_ray, unplaced_rollout_actors, wait_f
 from ray_rl.progress import ConsoleProgress
 from ray_rl.prompt_stream import PromptStream, encode_problem
 from ray_rl.protocols import CollectedGroup
+from ray_rl.ray_gauges import RayGauges, discoverable
 from ray_rl.ray_session import cluster_nodes, placement_seconds, ray_session, run_to_end
 from ray_rl.recorder import GroupRecorder
 from ray_rl.run_report import RunReport
 from ray_rl.run_state import RunFolder, RunState
-from ray_rl.sinks import logged_metrics, make_sink
+from ray_rl.sinks import ManySinks, logged_metrics, make_sink
 from ray_rl.tasks import make_task
 from ray_rl.tokenizer import TokenizerCodec, load_tokenizer
 from ray_rl.watchdog import Watchdog
@@ -144,7 +145,8 @@ async def _train(
         if start.step:
             await learner.load(folder.checkpoint(start.step) / "learner")
             report.evaluation_before = logged_metrics(folder.path / "metrics.jsonl", 0)
-        sink = make_sink(folder.path, config.logging, resume_step=start.step)
+        gauges = RayGauges(config.name, folder.path.name, exports=config.logging.ray_metrics)
+        sink = ManySinks([make_sink(folder.path, config.logging, resume_step=start.step), gauges])
         recorder = _Recorder(config, folder, prepared.codec, start.step, progress.warn)
         watchdog = Watchdog(folder.path, config.logging.watchdog_seconds, collect=actors.stacks, warn=progress.warn)
         ledger = Ledger(folder.ledger, start)
@@ -171,9 +173,11 @@ async def _train(
             return line
 
         control = ControlServer(folder.path, run_id, status=orchestrator.status, scale=scale, warn=progress.warn)
-        with _signals(orchestrator, progress):
+        finds_itself = config.logging.ray_metrics and is_own_ray(config)
+        found = discoverable(folder.path, progress.note) if finds_itself else nullcontext()
+        with _signals(orchestrator, progress), found:
             try:
-                async with control, watchdog:
+                async with control, watchdog, gauges.shown(orchestrator.status):
                     await orchestrator.run(start)
             finally:
                 sink.close()

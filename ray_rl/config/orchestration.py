@@ -63,6 +63,8 @@ class LoggingConfig(Section):
     """What a run records besides metrics.jsonl."""
 
     tensorboard: bool = True
+    ray_metrics: bool = True
+    """Export the run's present numbers as Ray metrics (`ray_rl_*`), which Prometheus scrapes; deploy/grafana/ shows them."""
     groups_per_step: int = Field(2, ge=0)
     """Groups per step written to groups.jsonl: those with the best and the worst mean reward first."""
     watchdog_seconds: float = Field(900.0, gt=0)
