@@ -23,6 +23,7 @@ from ray_rl.config.run import RunConfig
 from ray_rl.deadlines import Deadline, DeadlineExceeded, first_of, wait
 from ray_rl.errors import RunError
 from ray_rl.protocols import CollectedGroup, GroupsLost, LearnerDied, PublishedWeights, Receiver, TransferBroke
+from ray_rl.run_logs import log_environment
 from ray_rl.types import StepStats
 from ray_rl.weight_manifest import ObjectStorePayload, Probe
 
@@ -47,18 +48,23 @@ _CPU_MEMORY = {
 class LearnerGroup:
     """Made by `start`. A verb that failed, but for GroupsLost and NotWritten, leaves only `restart` and `shutdown` to call."""
 
-    def __init__(self, config: RunConfig, model_path: str, run_id: str, *, may_grow: bool) -> None:
+    def __init__(
+        self, config: RunConfig, model_path: str, run_id: str, *, may_grow: bool, logs: Path | None = None
+    ) -> None:
         """As `start`, which also starts the ranks."""
         self._config = config
         self._model_path = model_path
         self._run_id = run_id
         self._may_grow = may_grow
+        self._logs = logs
         self._ranks: list[Any] = []
         self._sent_to: list[Any] | None = None
         self._probe: _KeptProbe | None = None
 
     @classmethod
-    async def start(cls, config: RunConfig, model_path: str, run_id: str, *, may_grow: bool) -> LearnerGroup:
+    async def start(
+        cls, config: RunConfig, model_path: str, run_id: str, *, may_grow: bool, logs: Path | None = None
+    ) -> LearnerGroup:
         """One actor per rank; returns when all have loaded the policy and met.
 
         Args:
@@ -66,13 +72,14 @@ class LearnerGroup:
             model_path: folder (on every node) or Hugging Face name of the initial policy.
             run_id: under which the run's files lie in each node's memory.
             may_grow: whether engines may come up on other nodes than the present ones while the run goes on.
+            logs: the run's logs/, if it has a folder.
 
         Raises:
             DeadlineExceeded: `learner.start_timeout` passed, for instance because the resources are not there.
             LearnerDied: a rank's process ended.
             ray.exceptions.RayTaskError: a rank failed.
         """
-        group = cls(config, model_path, run_id, may_grow=may_grow)
+        group = cls(config, model_path, run_id, may_grow=may_grow, logs=logs)
         await group._begin()
         return group
 
@@ -270,6 +277,7 @@ class LearnerGroup:
         learner = self._config.learner
         # Ray shows each rank its own GPUs only, so that every rank's device is the first.
         env_vars = {"RANK": str(rank), "WORLD_SIZE": str(learner.ranks), "LOCAL_RANK": "0"}
+        env_vars |= log_environment(self._logs, f"learner-{rank}")
         if learner.gpus_per_rank == 0:
             env_vars["DS_ACCELERATOR"] = "cpu"
             env_vars |= {name: os.environ.get(name, value) for name, value in _CPU_MEMORY.items()}

@@ -43,6 +43,7 @@ from ray_rl.protocols import CollectedGroup
 from ray_rl.ray_gauges import RayGauges, discoverable
 from ray_rl.ray_session import cluster_nodes, placement_seconds, ray_session, run_to_end
 from ray_rl.recorder import GroupRecorder
+from ray_rl.run_logs import driver_log
 from ray_rl.run_report import RunReport
 from ray_rl.run_state import RunFolder, RunState
 from ray_rl.sinks import ManySinks, logged_metrics, make_sink
@@ -60,9 +61,12 @@ def train(config: RunConfig, folder: RunFolder, start: RunState) -> RunReport:
         PlacementError: the cluster lacks resources.
         RunStopped: the run cannot go on sensibly.
     """
-    progress = ConsoleProgress(config.training.steps, start.step)
     report = RunReport(name=config.name, folder=str(folder.path))
-    with MemoryWatch() as memory, progress:
+    with (
+        driver_log(folder.logs) as log,
+        MemoryWatch() as memory,
+        ConsoleProgress(config.training.steps, start.step, also=log) as progress,
+    ):
         progress.phase("reading model and data")
         evaluation = config.evaluation
         prepared = Prepared(config, evaluates=bool(evaluation.at_start or evaluation.at_end or evaluation.every))
@@ -139,7 +143,7 @@ async def _train(
 ) -> None:
     progress.phase("starting engines and learner")
     run_id = uuid.uuid4().hex[:12]
-    async with _actors(config, run_id, warn=progress.warn, step=start.step) as actors:
+    async with _actors(config, run_id, warn=progress.warn, step=start.step, logs=folder.logs) as actors:
         learner = actors.learner
         assert learner is not None
         if start.step:
@@ -205,13 +209,21 @@ class _Actors:
 
 @asynccontextmanager
 async def _actors(
-    config: RunConfig, run_id: str, *, warn: Callable[[str], None], with_learner: bool = True, step: int = 0
+    config: RunConfig,
+    run_id: str,
+    *,
+    warn: Callable[[str], None],
+    with_learner: bool = True,
+    step: int = 0,
+    logs: Path | None = None,
 ) -> AsyncIterator[_Actors]:
     """All actors of a run, started side by side; ended together, whatever happens."""
     model, rollout = model_source(config), config.rollout
-    reward_actors = create_reward_actors(config)
+    reward_actors = create_reward_actors(config, logs)
     pool = ActorPool(
-        lambda index: create_rollout_client(config, model, run_id, index, reward_actors=reward_actors, step=step),
+        lambda index: create_rollout_client(
+            config, model, run_id, index, reward_actors=reward_actors, step=step, logs=logs
+        ),
         rollout.least_actors,
         limits=PoolLimits(
             groups_in_flight=rollout.most_groups,
@@ -233,7 +245,8 @@ async def _actors(
             starting.create_task(pool.start())
             starting.create_task(start_reward_actors(reward_actors, rollout.start_timeout))
             if with_learner:
-                ranks = starting.create_task(LearnerGroup.start(config, model, run_id, may_grow=not is_own_ray(config)))
+                may_grow = not is_own_ray(config)
+                ranks = starting.create_task(LearnerGroup.start(config, model, run_id, may_grow=may_grow, logs=logs))
         learner = ranks.result() if with_learner else None
         yield _Actors(pool=pool, learner=learner)
     finally:

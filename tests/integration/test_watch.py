@@ -1,4 +1,4 @@
-"""A live run, watched from outside: what Prometheus would scrape from it."""
+"""A live run, watched from outside: what Prometheus would scrape from it, its logs, and that no secret is in its folder."""
 
 import json
 import time
@@ -14,6 +14,16 @@ pytestmark = pytest.mark.integration
 
 EXPORT_SECONDS = 40.0
 """Ray exports every 10 s."""
+SENTINEL = "sentinel-0b7e55d1c4"
+TALKATIVE_REWARD = """
+import logging, os
+
+def score(prompt, completion, answer, metadata):
+    logging.warning("graded with %s", os.environ["SERVICE_TOKEN"])
+    if len(completion) % 2:
+        raise RuntimeError("the service refused " + os.environ["SERVICE_TOKEN"])
+    return float(completion.rpartition("#")[2].strip() == answer)
+"""
 
 
 def scraped(folder: Path) -> str:
@@ -29,15 +39,52 @@ def samples_of(folder: Path) -> set[str]:
     return metric_names(line.partition("{")[0] for line in lines)
 
 
-def test_a_live_run_exports_every_metric_that_the_dashboard_uses(tmp_path):
+def check_export(folder: Path) -> None:
+    """Every metric that the dashboard uses is there."""
     wanted = metric_names(expressions())
+    until = time.monotonic() + EXPORT_SECONDS
+    while (missing := wanted - samples_of(folder)) and time.monotonic() < until:
+        time.sleep(1)
+    assert not missing
+
+
+def check_logs(folder: Path) -> None:
+    """Each component has its file."""
+    logs = {path.name: path.read_text() for path in (folder / "logs").iterdir()}
+    assert sorted(logs) == ["driver.log", "learner-0.log", "reward-0.log", "rollout-0.log"]
+    assert "run: step 1/1000  reward " in logs["driver.log"]
+    assert "metrics for Prometheus: http://" in logs["driver.log"]
+    assert "step 1 is trained" in logs["learner-0.log"]
+    assert "policy version 1 is proven" in logs["rollout-0.log"]
+    assert "graded with [secret]" in logs["reward-0.log"]
+    assert "grading failed: " in logs["reward-0.log"]
+
+
+def check_secrecy(folder: Path) -> None:
+    """The secret is in no file, although graders told it and failed with it."""
+    assert "the service refused [secret]" in (folder / "groups.jsonl").read_text()
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert not [path for path in files if SENTINEL.encode() in path.read_bytes()]
+
+
+def test_a_live_run_exports_all_that_the_dashboard_shows_and_logs_each_component_without_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("SERVICE_TOKEN", SENTINEL)
+    (tmp_path / "talkative.py").write_text(TALKATIVE_REWARD)
+    overrides = [
+        *SMALL,
+        "training.steps=1000",
+        "evaluation.at_start=true",
+        "evaluation.problems=8",
+        f"reward={{kind: python, function: '{tmp_path}/talkative.py:score', max_failure_share: 1}}",
+    ]
     with training(tmp_path / "run") as run:
-        run.start("laptop-vineppo", *SMALL, "training.steps=1000", "evaluation.at_start=true", "evaluation.problems=8")
-        run.wait_for_step(1, STEP_SECONDS)
-        until = time.monotonic() + EXPORT_SECONDS
-        while (missing := wanted - samples_of(run.folder)) and time.monotonic() < until:
-            time.sleep(1)
-        assert not missing
+        run.start("laptop-vineppo", *overrides)
+        run.wait_for_step(2, STEP_SECONDS)
+        check_export(run.folder)
         assert run.interrupt(60) == 130
         assert run.survivors(20) == []
     assert not (run.folder / "prometheus.json").exists()
+    check_logs(run.folder)
+    check_secrecy(run.folder)
+    assert SENTINEL not in run.printed
+    print(run.printed)
