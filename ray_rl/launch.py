@@ -49,6 +49,7 @@ from ray_rl.run_state import RunFolder, RunState
 from ray_rl.sinks import ManySinks, logged_metrics, make_sink
 from ray_rl.tasks import make_task
 from ray_rl.tokenizer import TokenizerCodec, load_tokenizer
+from ray_rl.trackers import Trackers
 from ray_rl.watchdog import Watchdog
 from ray_rl.weight_file import sweep
 
@@ -150,7 +151,8 @@ async def _train(
             await learner.load(folder.checkpoint(start.step) / "learner")
             report.evaluation_before = logged_metrics(folder.path / "metrics.jsonl", 0)
         gauges = RayGauges(config.name, folder.path.name, exports=config.logging.ray_metrics)
-        sink = ManySinks([make_sink(folder.path, config.logging, resume_step=start.step), gauges])
+        files = make_sink(folder.path, config.logging, resume_step=start.step)
+        sink = ManySinks([files, gauges, Trackers(config, folder.path, progress.warn)])
         recorder = _Recorder(config, folder, prepared.codec, start.step, progress.warn)
         watchdog = Watchdog(folder.path, config.logging.watchdog_seconds, collect=actors.stacks, warn=progress.warn)
         ledger = Ledger(folder.ledger, start)

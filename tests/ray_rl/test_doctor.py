@@ -12,7 +12,7 @@ from ray_rl.doctor import cpus, device_memory, devices, disk, examine, memory, r
 from ray_rl.embedded import policy_path
 from ray_rl.errors import ConfigError
 from ray_rl.footprint import GIB, Footprint
-from ray_rl.installation import Finding, packages, vllm_build
+from ray_rl.installation import Finding, packages, trackers, vllm_build
 from ray_rl.machine import Machine
 
 GPU_RECIPE = ("rollout.gpus_per_actor=1", "learner.gpus_per_rank=1")
@@ -247,3 +247,12 @@ def test_a_dataset_file_is_here_and_a_name_is_read_from_the_hub(tmp_path):
     (there,) = task(config("task={kind: dataset, path: openai/gsm8k}"))
     assert "hub" not in here.found
     assert "hub" in there.found
+
+
+def test_a_tracker_whose_library_is_missing_is_a_fault_before_anything_starts(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    tracked = config("logging.trackers=[wandb, {kind: mlflow}, wandb]")
+    wandb, mlflow = trackers(tracked)
+    assert str(wandb) == "logging.trackers: wandb is not installed; pip install wandb, or leave wandb out"
+    assert str(mlflow) == "logging.trackers: mlflow is not installed; pip install mlflow-skinny, or leave mlflow out"
+    assert {wandb.verdict, mlflow.verdict} == {"fault"}
