@@ -1,8 +1,9 @@
-"""A live run, watched from outside: what Prometheus would scrape from it, its logs, and that no secret is in its folder."""
+"""A live run, watched from outside: its metrics for Prometheus, its logs, its tracker, and that no secret lies in its folder."""
 
 import json
 import time
 import urllib.request
+from importlib import util
 from pathlib import Path
 
 import pytest
@@ -51,13 +52,20 @@ def check_export(folder: Path) -> None:
 def check_logs(folder: Path) -> None:
     """Each component has its file."""
     logs = {path.name: path.read_text() for path in (folder / "logs").iterdir()}
-    assert sorted(logs) == ["driver.log", "learner-0.log", "reward-0.log", "rollout-0.log"]
+    assert {"driver.log", "learner-0.log", "reward-0.log", "rollout-0.log"} <= set(logs)
     assert "run: step 1/1000  reward " in logs["driver.log"]
     assert "metrics for Prometheus: http://" in logs["driver.log"]
     assert "step 1 is trained" in logs["learner-0.log"]
     assert "policy version 1 is proven" in logs["rollout-0.log"]
     assert "graded with [secret]" in logs["reward-0.log"]
     assert "grading failed: " in logs["reward-0.log"]
+
+
+def check_tracker(folder: Path) -> None:
+    """It has the metrics of the steps, and nothing was said against it."""
+    (file,) = (folder / "trackers" / "wandb").glob("offline-run-*/*.wandb")
+    assert b"perf/tokens_per_second" in file.read_bytes()
+    assert "logging.trackers" not in (folder / "logs" / "driver.log").read_text()
 
 
 def check_secrecy(folder: Path) -> None:
@@ -77,6 +85,9 @@ def test_a_live_run_exports_all_that_the_dashboard_shows_and_logs_each_component
         "evaluation.problems=8",
         f"reward={{kind: python, function: '{tmp_path}/talkative.py:score', max_failure_share: 1}}",
     ]
+    with_wandb = util.find_spec("wandb") is not None
+    if with_wandb:
+        overrides.append("logging.trackers=[{kind: wandb, offline: true}]")
     with training(tmp_path / "run") as run:
         run.start("laptop-vineppo", *overrides)
         run.wait_for_step(2, STEP_SECONDS)
@@ -85,6 +96,7 @@ def test_a_live_run_exports_all_that_the_dashboard_shows_and_logs_each_component
         assert run.survivors(20) == []
     assert not (run.folder / "prometheus.json").exists()
     check_logs(run.folder)
+    if with_wandb:
+        check_tracker(run.folder)
     check_secrecy(run.folder)
     assert SENTINEL not in run.printed
-    print(run.printed)
