@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,14 @@ from actors.reward_actor import make_scorer
 from actors.rollout import Rollout, summarize
 from ray_rl.config import RunConfig
 from ray_rl.deadlines import in_thread, result, wait
+from ray_rl.run_logs import keep_log
 from ray_rl.stacks import stacks
 from ray_rl.tokenizer import load_tokenizer
 from ray_rl.types import GroupSummary, Prompt, ScoredSample, TrajectoryGroup
 from ray_rl.weight_file import NodeWeightFile
 from ray_rl.weight_manifest import ObjectStorePayload, Probe, WeightTransferError
+
+logger = logging.getLogger(__name__)
 
 STACKS_GROUP = "stacks"
 """Ray's concurrency group, and so the thread, of `RolloutActor.stacks`."""
@@ -34,6 +38,7 @@ class RolloutActor:
     def __init__(
         self, config: RunConfig, model_path: str, run_id: str, seed: int, reward_actors: Sequence[Any]
     ) -> None:
+        keep_log()
         self._config = config
         self._model_path = model_path
         self._seed = seed
@@ -53,6 +58,7 @@ class RolloutActor:
             self._config, self._model_path, eos_token_ids=self._codec.eos_token_ids(), seed=self._seed
         )
         self._rollout = Rollout(self._config, self._engine, self._scorer, self._codec)
+        logger.info("the engine is up, with the model %s", self._model_path)
 
     @ray.method(num_returns=2)
     async def collect(self, prompt: Prompt) -> tuple[TrajectoryGroup, GroupSummary]:
@@ -100,6 +106,7 @@ class RolloutActor:
         """The probe's largest difference. What was sampled since the weights came is given away only then."""
         difference = await self._engine.prove(probe, probe_tolerance(self._config))
         self._proven.set()
+        logger.info("policy version %d is proven: %.2g off at most", self._engine.policy_version, difference)
         return difference
 
     def take_underfull(self) -> float:
@@ -123,6 +130,7 @@ class RolloutActor:
 
     def shutdown(self) -> None:
         """End the engine and give up the node's files."""
+        logger.info("ends")
         if engine := getattr(self, "_engine", None):
             engine.shutdown()
         self._files.close()

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -28,6 +29,7 @@ from ray_rl.config import RunConfig
 from ray_rl.deadlines import DeadlineExceeded, wait
 from ray_rl.errors import RunError, first_error
 from ray_rl.protocols import CollectedGroup, PublishedWeights, Receiver
+from ray_rl.run_logs import log_environment
 from ray_rl.types import Prompt, ScoredSample
 from ray_rl.weight_manifest import Probe
 
@@ -117,6 +119,7 @@ def create_rollout_client(
     *,
     reward_actors: Sequence[Any],
     step: int = 0,
+    logs: Path | None = None,
     kind: type[RolloutActor] = RolloutActor,
 ) -> RayRolloutClient:
     """Ask Ray for rollout actor `index` with the resources of its engine, without waiting for them.
@@ -139,7 +142,7 @@ def create_rollout_client(
             max_restarts=0,
             # Groups, answers to evaluation prompts, and room for what must not wait behind them.
             max_concurrency=100 + 8 * rollout.most_groups,
-            runtime_env={"env_vars": engine_environment(config)},
+            runtime_env={"env_vars": engine_environment(config) | log_environment(logs, f"rollout-{index}")},
         )
         .remote(config, model_path, run_id, _engine_seed(config.seed, step, index), reward_actors)
     )

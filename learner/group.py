@@ -38,19 +38,24 @@ _FETCH_GRACE_SECONDS = 30.0
 class LearnerGroup:
     """Made by `start`. A verb that failed, but for GroupsLost and NotWritten, leaves only `restart` and `shutdown` to call."""
 
-    def __init__(self, config: RunConfig, model_path: str, run_id: str, *, may_grow: bool) -> None:
+    def __init__(
+        self, config: RunConfig, model_path: str, run_id: str, *, may_grow: bool, logs: Path | None = None
+    ) -> None:
         """As `start`, which also starts the ranks; here `begin` does, and may be preceded by `reserve`."""
         self._config = config
         self._model_path = model_path
         self._run_id = run_id
         self._may_grow = may_grow
+        self._logs = logs
         self._places: Places | None = None
         self._ranks: list[Any] = []
         self._sent_to: list[Any] | None = None
         self._probe: _KeptProbe | None = None
 
     @classmethod
-    async def start(cls, config: RunConfig, model_path: str, run_id: str, *, may_grow: bool) -> LearnerGroup:
+    async def start(
+        cls, config: RunConfig, model_path: str, run_id: str, *, may_grow: bool, logs: Path | None = None
+    ) -> LearnerGroup:
         """One actor per rank; returns when all have loaded the policy and met.
 
         Args:
@@ -58,11 +63,12 @@ class LearnerGroup:
             model_path: folder (on every node) or Hugging Face name of the initial policy.
             run_id: under which the run's files lie in each node's memory.
             may_grow: whether engines may come up on other nodes than the present ones while the run goes on.
+            logs: the run's logs/, if it has a folder.
 
         Raises:
             DeadlineExceeded, LearnerDied, ray.exceptions.RayTaskError: as `begin`.
         """
-        group = cls(config, model_path, run_id, may_grow=may_grow)
+        group = cls(config, model_path, run_id, may_grow=may_grow, logs=logs)
         await group.begin()
         return group
 
@@ -211,7 +217,7 @@ class LearnerGroup:
     def _new_ranks(self) -> list[Any]:
         assert self._places is not None
         options = [self._places.options(rank) for rank in range(self._config.learner.ranks)]
-        return start_ranks(self._config, self._model_path, self._run_id, options)
+        return start_ranks(self._config, self._model_path, self._run_id, options, self._logs)
 
     async def _meet(self) -> None:
         seconds = self._config.learner.start_timeout

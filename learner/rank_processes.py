@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ray_rl.config.run import RunConfig
+from ray_rl.run_logs import log_environment
 
 _CPU_MEMORY = {
     # glibc would give the memory of each large tensor back to the system and fetch it anew, zeroed page by page, for the next
@@ -20,7 +22,9 @@ _CPU_MEMORY = {
 """How a rank without a GPU keeps its memory; what the user's shell sets wins."""
 
 
-def start_ranks(config: RunConfig, model_path: str, run_id: str, places: Sequence[Mapping[str, Any]]) -> list[Any]:
+def start_ranks(
+    config: RunConfig, model_path: str, run_id: str, places: Sequence[Mapping[str, Any]], logs: Path | None = None
+) -> list[Any]:
     """Ask Ray for an actor per rank, without waiting for them.
 
     Args:
@@ -28,6 +32,7 @@ def start_ranks(config: RunConfig, model_path: str, run_id: str, places: Sequenc
         model_path: as `LearnerActor`.
         run_id: as `LearnerActor`.
         places: by rank, the options that put it in its place (`Places.options`).
+        logs: the run's logs/, if it has a folder.
     """
     from learner.learner_actor import LearnerActor
 
@@ -35,6 +40,7 @@ def start_ranks(config: RunConfig, model_path: str, run_id: str, places: Sequenc
     for rank, place in enumerate(places):
         # Ray shows each rank its own GPUs only, so that every rank's device is the first.
         env_vars = {"RANK": str(rank), "WORLD_SIZE": str(len(places)), "LOCAL_RANK": "0"}
+        env_vars |= log_environment(logs, f"learner-{rank}")
         if config.learner.gpus_per_rank == 0:
             env_vars["DS_ACCELERATOR"] = "cpu"
             env_vars |= {name: os.environ.get(name, value) for name, value in _CPU_MEMORY.items()}

@@ -18,6 +18,7 @@ from rich.table import Table
 from ray_rl.config import RunConfig, load_config, resolve_config
 from ray_rl.config.load import recipe_names, recipe_text
 from ray_rl.errors import ConfigError, RunError
+from ray_rl.redaction import redact
 
 app = typer.Typer(
     help="Reinforcement learning of language models with verifiable rewards: GRPO and VinePPO on Ray, vLLM, DeepSpeed.",
@@ -275,7 +276,7 @@ def main() -> None:
     try:
         app()
     except RunError as error:
-        for line in str(error).splitlines():
+        for line in redact(str(error)).splitlines():
             typer.echo(f"error: {line}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:

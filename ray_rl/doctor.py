@@ -36,6 +36,7 @@ from ray_rl.installation import (
     packages,
     ports,
     python_version,
+    trackers,
     vllm_build,
 )
 from ray_rl.machine import Machine
@@ -66,6 +67,7 @@ def examine(config: RunConfig | None = None, *, folder: Path = Path("runs"), joi
         yield from _own_ray(config, machine) if is_own_ray(config) else [_cluster(config, joins=joins)]
         yield from _model(config, machine, folder)
         yield from task(config)
+        yield from trackers(config)
 
 
 def require(config: RunConfig, *, folder: Path = Path("runs")) -> list[str]:

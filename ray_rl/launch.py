@@ -10,7 +10,7 @@ import json
 import signal
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -41,13 +41,16 @@ from ray_rl.placement import Demand, is_own_ray, unplaced_rollout_actors, wait_f
 from ray_rl.progress import ConsoleProgress
 from ray_rl.prompt_stream import PromptStream, encode_problem
 from ray_rl.protocols import CollectedGroup
+from ray_rl.ray_gauges import RayGauges, discoverable
 from ray_rl.ray_session import cluster_nodes, placement_seconds, ray_session, run_to_end
 from ray_rl.recorder import GroupRecorder
+from ray_rl.run_logs import driver_log
 from ray_rl.run_report import REPORT_FILE, RunReport
 from ray_rl.run_state import RunFolder, RunState
-from ray_rl.sinks import logged_metrics, make_sink
+from ray_rl.sinks import ManySinks, logged_metrics, make_sink
 from ray_rl.tasks import make_task
 from ray_rl.tokenizer import TokenizerCodec, load_tokenizer
+from ray_rl.trackers import Trackers
 from ray_rl.watchdog import Watchdog
 from ray_rl.weight_file import sweep
 
@@ -60,9 +63,12 @@ def train(config: RunConfig, folder: RunFolder, start: RunState) -> RunReport:
         PlacementError: the cluster lacks resources.
         RunStopped: the run cannot go on sensibly.
     """
-    progress = ConsoleProgress(config.training.steps, start.step)
     report = RunReport(name=config.name, folder=str(folder.path))
-    with MemoryWatch() as memory, progress:
+    with (
+        driver_log(folder.logs) as log,
+        MemoryWatch() as memory,
+        ConsoleProgress(config.training.steps, start.step, also=log) as progress,
+    ):
         progress.phase("reading model and data")
         evaluation = config.evaluation
         prepared = Prepared(config, evaluates=bool(evaluation.at_start or evaluation.at_end or evaluation.every))
@@ -139,13 +145,15 @@ async def _train(
 ) -> None:
     progress.phase("starting engines and learner")
     run_id = uuid.uuid4().hex[:12]
-    async with _actors(config, run_id, warn=progress.warn, step=start.step) as actors:
+    async with _actors(config, run_id, warn=progress.warn, step=start.step, logs=folder.logs) as actors:
         learner = actors.learner
         assert learner is not None
         if start.step:
             await learner.load(folder.checkpoint(start.step) / "learner")
             report.evaluation_before = logged_metrics(folder.path / "metrics.jsonl", 0)
-        sink = make_sink(folder.path, config.logging, resume_step=start.step)
+        gauges = RayGauges(config.name, folder.path.name, exports=config.logging.ray_metrics)
+        files = make_sink(folder.path, config.logging, resume_step=start.step)
+        sink = ManySinks([files, gauges, Trackers(config, folder.path, progress.warn)])
         recorder = _Recorder(config, folder, prepared.codec, start.step, progress.warn)
         watchdog = Watchdog(folder.path, config.logging.watchdog_seconds, collect=actors.stacks, warn=progress.warn)
         ledger = Ledger(folder.ledger, start)
@@ -175,9 +183,11 @@ async def _train(
             return line
 
         control = ControlServer(folder.path, run_id, status=orchestrator.status, scale=scale, warn=progress.warn)
-        with _signals(orchestrator, progress):
+        finds_itself = config.logging.ray_metrics and is_own_ray(config)
+        found = discoverable(folder.path, progress.note) if finds_itself else nullcontext()
+        with _signals(orchestrator, progress), found:
             try:
-                async with control, watchdog:
+                async with control, watchdog, gauges.shown(orchestrator.status):
                     await orchestrator.run(start)
             finally:
                 sink.close()
@@ -205,14 +215,23 @@ class _Actors:
 
 @asynccontextmanager
 async def _actors(
-    config: RunConfig, run_id: str, *, warn: Callable[[str], None], with_learner: bool = True, step: int = 0
+    config: RunConfig,
+    run_id: str,
+    *,
+    warn: Callable[[str], None],
+    with_learner: bool = True,
+    step: int = 0,
+    logs: Path | None = None,
 ) -> AsyncIterator[_Actors]:
     """All actors of a run, started side by side; ended together, whatever happens."""
     model, rollout = model_source(config), config.rollout
-    learner = LearnerGroup(config, model, run_id, may_grow=not is_own_ray(config)) if with_learner else None
+    may_grow = not is_own_ray(config)
+    learner = LearnerGroup(config, model, run_id, may_grow=may_grow, logs=logs) if with_learner else None
     reward_actors: list[Any] = []
     pool = ActorPool(
-        lambda index: create_rollout_client(config, model, run_id, index, reward_actors=reward_actors, step=step),
+        lambda index: create_rollout_client(
+            config, model, run_id, index, reward_actors=reward_actors, step=step, logs=logs
+        ),
         rollout.least_actors,
         limits=PoolLimits(
             groups_in_flight=rollout.most_groups,
@@ -233,7 +252,7 @@ async def _actors(
             if learner:
                 await learner.reserve()  # before other actors take the ranks' places
                 starting.create_task(learner.begin())
-            reward_actors.extend(create_reward_actors(config))
+            reward_actors.extend(create_reward_actors(config, logs))
             starting.create_task(pool.start())
             starting.create_task(start_reward_actors(reward_actors, rollout.start_timeout))
         yield _Actors(pool=pool, learner=learner)

@@ -39,8 +39,8 @@ class Start:
 class RunFolder:
     """A run on disk.
 
-    ``config.yaml``, ``metrics.jsonl``, ``groups.jsonl``, ``ledger.jsonl``, ``checkpoints/`` (`ray_rl.checkpoints`) and
-    ``final/``. What writes raises NotWritten where the system refuses.
+    ``config.yaml``, ``metrics.jsonl``, ``groups.jsonl``, ``ledger.jsonl``, ``checkpoints/`` (`ray_rl.checkpoints`), ``logs/``
+    (`ray_rl.run_logs`) and ``final/``. What writes raises NotWritten where the system refuses.
     """
 
     def __init__(self, path: Path) -> None:
@@ -96,6 +96,11 @@ class RunFolder:
     def ledger(self) -> Path:
         """Where `ray_rl.ledger` keeps the book of the run."""
         return self.path / "ledger.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """Where `ray_rl.run_logs` keeps what each component says."""
+        return self.path / "logs"
 
     def write_config(self, config: RunConfig) -> None:
         """Write the resolved configuration: a resumed run's may differ from what it was started with."""

@@ -22,6 +22,8 @@ KERNEL = (
     "ray_rl.errors",
     "ray_rl.stacks",
     "ray_rl.wording",
+    "ray_rl.redaction",
+    "ray_rl.run_logs",
     "ray_rl.metrics",
     "ray_rl.sinks",
     "ray_rl.embedded",

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ray_rl.config.plain import check_plain, parse_yaml
 from ray_rl.config.run import RunConfig
 from ray_rl.errors import ConfigError
+from ray_rl.redaction import refuse_secrets
 from ray_rl.wording import printable, shown
 
 _MOST_BYTES = 2**20
@@ -94,6 +95,7 @@ def resolve_config(data: Mapping[str, Any], overrides: Sequence[str] = (), *, el
     if isinstance(merged.get("task"), str):
         merged["task"] = task_from_text(merged["task"])
     check_plain(merged)
+    refuse_secrets(merged)
     for section in _SECTIONS_WITH_KIND:
         if isinstance(merged.get(section), Mapping):
             merged[section] = {"kind": RunConfig.model_fields[section].default.kind, **merged[section]}

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from ray_rl.config.labels import CustomResources, LabelSelector
 from ray_rl.config.section import Section
+from ray_rl.config.trackers import TrackerConfig
 
 DecidedGroups = Literal["keep", "drop", "refill"]
 """What becomes of groups whose rewards are all equal."""
@@ -64,6 +65,11 @@ class LoggingConfig(Section):
     """What a run records besides metrics.jsonl."""
 
     tensorboard: bool = True
+    ray_metrics: bool = True
+    """Export the run's present numbers as Ray metrics (`ray_rl_*`), which Prometheus scrapes; deploy/grafana/ shows them."""
+    trackers: tuple[TrackerConfig, ...] = ()
+    """Where metrics go besides, for instance `[wandb]` or `[{kind: mlflow, tracking_uri: URL}]`. One that fails or hangs never
+    stops or slows the run."""
     groups_per_step: int = Field(2, ge=0)
     """Groups per step written to groups.jsonl: those with the best and the worst mean reward first."""
     watchdog_seconds: float = Field(900.0, gt=0)

@@ -13,7 +13,7 @@ from ray_rl.doctor import cpus, device_memory, devices, disk, examine, memory, r
 from ray_rl.embedded import policy_path
 from ray_rl.errors import ConfigError
 from ray_rl.footprint import GIB, Footprint
-from ray_rl.installation import Finding, packages, vllm_build
+from ray_rl.installation import Finding, packages, trackers, vllm_build
 from ray_rl.machine import Machine
 
 GPU_RECIPE = ("rollout.gpus_per_actor=1", "learner.gpus_per_rank=1")
@@ -265,3 +265,12 @@ def test_a_ray_of_the_runs_own_has_neither_labels_nor_custom_resources():
         ("fault", "a Ray of the run's own has no pool, which rollout asks for"),
     ]
     assert "leave out rollout.resources and rollout.labels" in found[1].mend
+
+
+def test_a_tracker_whose_library_is_missing_is_a_fault_before_anything_starts(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    tracked = config("logging.trackers=[wandb, {kind: mlflow}, wandb]")
+    wandb, mlflow = trackers(tracked)
+    assert str(wandb) == "logging.trackers: wandb is not installed; pip install wandb, or leave wandb out"
+    assert str(mlflow) == "logging.trackers: mlflow is not installed; pip install mlflow-skinny, or leave mlflow out"
+    assert {wandb.verdict, mlflow.verdict} == {"fault"}
