@@ -28,8 +28,8 @@ RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_TOKEN
 
 # By number: a node's name may mean 127.0.1.1 to itself, and then every node takes itself for the head, or none does.
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-ip=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
+read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+read -r ip _ < <(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address)
 export ADDRESS=$ip:$((20000 + SLURM_JOB_ID % 10000))
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300
 
