@@ -19,6 +19,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from learner.places import Places
 from ray_rl.config.run import RunConfig
 from ray_rl.deadlines import Deadline, DeadlineExceeded, first_of, wait
 from ray_rl.errors import RunError
@@ -48,11 +49,12 @@ class LearnerGroup:
     """Made by `start`. A verb that failed, but for GroupsLost and NotWritten, leaves only `restart` and `shutdown` to call."""
 
     def __init__(self, config: RunConfig, model_path: str, run_id: str, *, may_grow: bool) -> None:
-        """As `start`, which also starts the ranks."""
+        """As `start`, which also starts the ranks; here `begin` does, and may be preceded by `reserve`."""
         self._config = config
         self._model_path = model_path
         self._run_id = run_id
         self._may_grow = may_grow
+        self._places: Places | None = None
         self._ranks: list[Any] = []
         self._sent_to: list[Any] | None = None
         self._probe: _KeptProbe | None = None
@@ -68,36 +70,50 @@ class LearnerGroup:
             may_grow: whether engines may come up on other nodes than the present ones while the run goes on.
 
         Raises:
-            DeadlineExceeded: `learner.start_timeout` passed, for instance because the resources are not there.
-            LearnerDied: a rank's process ended.
-            ray.exceptions.RayTaskError: a rank failed.
+            DeadlineExceeded, LearnerDied, ray.exceptions.RayTaskError: as `begin`.
         """
         group = cls(config, model_path, run_id, may_grow=may_grow)
-        await group._begin()
+        await group.begin()
         return group
 
+    async def reserve(self) -> None:
+        """Have places for all ranks, which nobody else can take until `shutdown`.
+
+        Raises:
+            DeadlineExceeded: `learner.start_timeout` passed; there is no room for them.
+        """
+        if self._places is None:
+            self._places = Places(self._config.learner)
+        await self._places.ready()
+
     async def restart(self) -> None:
-        """End what is left of the ranks and start new ones, with the initial policy.
+        """End what is left of the ranks and start new ones in their places, with the initial policy.
 
         Raises:
             LearnerDied: they did not come up.
         """
         try:
-            await self._begin()
+            await self.begin()
         except (DeadlineExceeded, RayTaskError) as error:
             raise LearnerDied(f"the learner's ranks did not come up again: {_one_line(error)}") from error
 
-    async def _begin(self) -> None:
-        self.shutdown()
-        learner = self._config.learner
-        self._ranks = [self._new_rank(rank) for rank in range(learner.ranks)]
+    async def begin(self) -> None:
+        """Start the ranks, in places that are reserved by then; returns when all have loaded the policy and met.
+
+        Raises:
+            DeadlineExceeded: `learner.start_timeout` passed.
+            LearnerDied: a rank's process ended.
+            ray.exceptions.RayTaskError: a rank failed.
+        """
+        self._end_ranks()
         try:
+            await self.reserve()
+            self._ranks = [self._new_rank(rank) for rank in range(self._config.learner.ranks)]
             await wait(
                 self._meet(),
-                learner.start_timeout,
-                what="the learner's ranks to be placed, to load the policy and to meet",
-                causes=f"no room for {learner.ranks} x {learner.cpus_per_rank:g} CPUs and {learner.gpus_per_rank:g} GPUs "
-                "in the cluster, or a large model; then raise learner.start_timeout",
+                self._config.learner.start_timeout,
+                what="the learner's ranks to load the policy and to meet",
+                causes="a large model; then raise learner.start_timeout",
             )
         except BaseException:
             self.shutdown()
@@ -190,7 +206,13 @@ class LearnerGroup:
         return {f"learner rank {rank}": text for rank, text in enumerate(texts)}
 
     def shutdown(self) -> None:
-        """End the ranks' processes; harmless when they are gone."""
+        """End the ranks' processes and give their places back; harmless when they are gone."""
+        self._end_ranks()
+        if self._places is not None:
+            self._places.release()
+            self._places = None
+
+    def _end_ranks(self) -> None:
         for actor in self._ranks:
             ray.kill(actor)
         self._ranks.clear()
@@ -273,8 +295,9 @@ class LearnerGroup:
         if learner.gpus_per_rank == 0:
             env_vars["DS_ACCELERATOR"] = "cpu"
             env_vars |= {name: os.environ.get(name, value) for name, value in _CPU_MEMORY.items()}
+        assert self._places is not None
         return LearnerActor.options(  # type: ignore[attr-defined]
-            num_cpus=learner.cpus_per_rank, num_gpus=learner.gpus_per_rank, runtime_env={"env_vars": env_vars}
+            **self._places.options(rank), runtime_env={"env_vars": env_vars}
         ).remote(self._config, self._model_path, self._run_id, rank)
 
 

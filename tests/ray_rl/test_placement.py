@@ -77,7 +77,7 @@ def test_tenths_that_do_not_add_up_in_floating_point_still_fit():
 def test_the_sentence_names_what_finds_no_node_and_what_nodes_there_are():
     nodes = [node(8, 1), node(2), node(2)]
     assert shortage(demand(SMALL, SMALL, BIG), nodes) == (
-        "1 of 1 rollout actors (1 CPU, 2 GPU) and 1 of 2 learner ranks (4 CPU, 1 GPU) find no node; "
+        "1 of 2 learner ranks (4 CPU, 1 GPU) and 1 of 1 rollout actors (1 CPU, 2 GPU) find no node; "
         "the cluster has 2 nodes of 2 CPU each, a node of 8 CPU, 1 GPU"
     )
     assert shortage(demand(SMALL), []) == "1 of 1 learner ranks (4 CPU, 1 GPU) finds no node; the cluster has no node"
