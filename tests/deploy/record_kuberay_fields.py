@@ -19,7 +19,14 @@ import yaml
 
 FIELDS = Path(__file__).with_name("kuberay_fields.json")
 KEPT = ("type", "enum", "required", "minimum")
-UNUSED = {"affinity", "ephemeralContainers", "gcsFaultToleranceOptions", "historyServerOptions", "headService", "lifecycle"}
+UNUSED = {
+    "affinity",
+    "ephemeralContainers",
+    "gcsFaultToleranceOptions",
+    "historyServerOptions",
+    "headService",
+    "lifecycle",
+}
 """Large, and in no file of deploy/: anything is taken for right there."""
 
 Schema = dict[str, Any]
@@ -81,7 +88,9 @@ def main(folder: Path, version: str) -> None:
         "ingress": recorder.strip("ingress", inner(cluster, "networkPolicy.head.ingressRules")),
     }
     origin = f"github.com/ray-project/kuberay {version}, ray-operator/config/crd/bases"
-    definitions = ",\n".join(f"{json.dumps(name)}: {json.dumps(kind)}" for name, kind in sorted(recorder.definitions.items()))
+    definitions = ",\n".join(
+        f"{json.dumps(name)}: {json.dumps(kind)}" for name, kind in sorted(recorder.definitions.items())
+    )
     FIELDS.write_text(f'{{"origin": "{origin}",\n"kinds": {json.dumps(kinds)},\n"$defs": {{\n{definitions}\n}}}}\n')
 
 

@@ -140,7 +140,9 @@ def test_every_pod_is_unprivileged(file):
                 "capabilities": {"drop": ["ALL"]},
             }
     workers = [group["template"]["spec"] for group in cluster_of(file)["workerGroupSpecs"]]
-    assert not any(worker["automountServiceAccountToken"] for worker in workers)  # only the autoscaler, on the head, needs it
+    assert not any(
+        worker["automountServiceAccountToken"] for worker in workers
+    )  # only the autoscaler, on the head, needs it
     assert cluster_of(file)["autoscalerOptions"]["securityContext"]["capabilities"] == {"drop": ["ALL"]}
 
 
@@ -160,7 +162,9 @@ def test_nobody_outside_reaches_the_job_server_and_nobody_does_without_the_token
 
 @pytest.mark.parametrize("file", RAY, ids=by_name)
 def test_the_run_folder_is_shared_and_weights_have_room_in_memory_that_counts_as_the_pods(file):
-    claims = {document["metadata"]["name"] for one in FILES for document in documents(one) if "Claim" in document["kind"]}
+    claims = {
+        document["metadata"]["name"] for one in FILES for document in documents(one) if "Claim" in document["kind"]
+    }
     for group in groups(cluster_of(file)):
         pod = group["template"]["spec"]
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
