@@ -72,6 +72,36 @@ def train(
 
 
 @app.command()
+def submit(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RECIPE [KEY=VALUE]... | -- COMMAND...", help="what `train` takes; or: -- bench CASE"),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="of the job server: http://HEAD:8265")
+    ] = None,
+    run_dir: Annotated[
+        str | None, typer.Option(help="where the run lies on the cluster, on storage that all its nodes share")
+    ] = None,
+    follow: Annotated[bool, typer.Option(help="show what the job prints, and end as it does")] = True,
+    submission_id: Annotated[str | None, typer.Option(help="a name for the job; default: Ray makes one")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the report of `bench` here")] = None,
+) -> None:
+    """Train on a cluster: a Ray job that takes this folder along, and goes on with the run when it is submitted again."""
+    from ray_rl.submission import Submission
+    from ray_rl.submission import submit as submit_job
+
+    if not address:
+        raise ConfigError("--address: name the cluster's job server, http://HEAD:8265, or set RAY_API_SERVER_ADDRESS")
+    if json_file and not json_file.parent.is_dir():
+        raise ConfigError(f"--json: {json_file.parent} is not a folder; make it first")
+    if json_file and not follow:
+        raise ConfigError("--json: the report comes with the end of the job; leave --no-follow out")
+    job = Submission.of(words or [], run_dir=run_dir, brings_report=json_file is not None, submission_id=submission_id)
+    raise typer.Exit(submit_job(job, address=address, follow=follow, json_file=json_file, say=typer.echo))
+
+
+@app.command()
 def validate(
     recipe: Annotated[str | None, typer.Argument(help="a shipped recipe's name or a YAML file")] = None,
     overrides: Overrides = None,
