@@ -38,12 +38,15 @@ export DONE=$RUN_DIR.$SLURM_JOB_ID.done
 mkdir -p "$(dirname "$RUN_DIR")"
 rm -f "$DONE"
 
-# On every node. The temporary folder's name is short, since paths of sockets are, and its own, since other users have one, too.
+# On every node. The temporary folder's name is short, since paths of sockets are, and its own, since other users have one, too. It
+# is no option: with --temp-dir, `ray symmetric-run` does not find the Ray that it has started, and waits for nodes in another.
 on_each_node() {
+  export RAY_TMPDIR=/tmp/ray-$SLURM_JOB_ID
+  mkdir -p "$RAY_TMPDIR"
   if ((SLURM_NODEID == 0)); then pool=learner; else pool=rollout; fi
   exec ray symmetric-run --address "$ADDRESS" --min-nodes "$SLURM_JOB_NUM_NODES" \
     --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" --labels="pool=$pool" \
-    --temp-dir="/tmp/ray-$SLURM_JOB_ID" --dashboard-host=127.0.0.1 --disable-usage-stats -- \
+    --dashboard-host=127.0.0.1 --disable-usage-stats -- \
     env RAY_ADDRESS="$ADDRESS" bash -c 'python -m ray_rl train "$@" --run-dir "$RUN_DIR" --continue && touch "$DONE"' bash "$@"
 }
 export -f on_each_node
