@@ -50,7 +50,8 @@ on_each_node() {
     env RAY_ADDRESS="$ADDRESS" bash -c 'python -m ray_rl train "$@" --run-dir "$RUN_DIR" --continue && touch "$DONE"' bash "$@"
 }
 export -f on_each_node
-srun --kill-on-bad-exit=0 bash -c 'on_each_node "$@"' bash "${training[@]}"
+# The CPUs once more, since steps do not inherit them; and a rollout node that dies does not end the others.
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 bash -c 'on_each_node "$@"' bash "${training[@]}"
 
 if [[ ! -e $DONE ]]; then
   echo "error: the run in $RUN_DIR did not come to its end; why, stands above. Submit the job again to go on with it" >&2
