@@ -38,8 +38,9 @@ export DONE=$RUN_DIR.$SLURM_JOB_ID.done
 mkdir -p "$(dirname "$RUN_DIR")"
 rm -f "$DONE"
 
-# On every node. The temporary folder's name is short, since paths of sockets are, and its own, since other users have one, too. It
-# is no option: with --temp-dir, `ray symmetric-run` does not find the Ray that it has started, and waits for nodes in another.
+# On every node. The temporary folder's name is short, since paths of sockets are, and its own, since other users have one,
+# too. It is no option: with --temp-dir, `ray symmetric-run` does not find the Ray that it has started, and waits for nodes in
+# another one.
 on_each_node() {
   export RAY_TMPDIR=/tmp/ray-$SLURM_JOB_ID
   mkdir -p "$RAY_TMPDIR"
