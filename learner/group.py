@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ray.exceptions import (
 )
 
 from learner.places import Places
+from learner.rank_processes import start_ranks
 from ray_rl.config.run import RunConfig
 from ray_rl.deadlines import Deadline, DeadlineExceeded, first_of, wait
 from ray_rl.errors import RunError
@@ -33,16 +33,6 @@ _DEATH_SECONDS = 5.0
 """How long after one rank's error another rank's death may show, whose consequence it then is."""
 _STACKS_SECONDS = 10.0
 _FETCH_GRACE_SECONDS = 30.0
-_CPU_MEMORY = {
-    # glibc would give the memory of each large tensor back to the system and fetch it anew, zeroed page by page, for the next
-    # one: up to a tenth of a training step. Kept, it is the peak that every step needs anyway.
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**40),
-    "MALLOC_TOP_PAD_": str(64 * 2**20),
-    # All that is kept in the first heap only, and the verbs do not run in the thread that has it.
-    "MALLOC_ARENA_MAX": "1",
-}
-"""How a rank without a GPU keeps its memory; what the user's shell sets wins."""
 
 
 class LearnerGroup:
@@ -108,7 +98,7 @@ class LearnerGroup:
         self._end_ranks()
         try:
             await self.reserve()
-            self._ranks = [self._new_rank(rank) for rank in range(self._config.learner.ranks)]
+            self._ranks = self._new_ranks()
             await wait(
                 self._meet(),
                 self._config.learner.start_timeout,
@@ -218,6 +208,11 @@ class LearnerGroup:
         self._ranks.clear()
         self._sent_to = self._probe = None
 
+    def _new_ranks(self) -> list[Any]:
+        assert self._places is not None
+        options = [self._places.options(rank) for rank in range(self._config.learner.ranks)]
+        return start_ranks(self._config, self._model_path, self._run_id, options)
+
     async def _meet(self) -> None:
         seconds = self._config.learner.start_timeout
         address, port = await self._answer(0, "host", what="the learner's first rank to start", seconds=seconds)
@@ -285,20 +280,6 @@ class LearnerGroup:
             raise LearnerDied(f"rank {rank} of the learner died: {_one_line(error)}") from error
         except DeadlineExceeded as error:
             raise LearnerDied(f"rank {rank} of the learner hangs: {error}") from error
-
-    def _new_rank(self, rank: int) -> Any:
-        from learner.learner_actor import LearnerActor
-
-        learner = self._config.learner
-        # Ray shows each rank its own GPUs only, so that every rank's device is the first.
-        env_vars = {"RANK": str(rank), "WORLD_SIZE": str(learner.ranks), "LOCAL_RANK": "0"}
-        if learner.gpus_per_rank == 0:
-            env_vars["DS_ACCELERATOR"] = "cpu"
-            env_vars |= {name: os.environ.get(name, value) for name, value in _CPU_MEMORY.items()}
-        assert self._places is not None
-        return LearnerActor.options(  # type: ignore[attr-defined]
-            **self._places.options(rank), runtime_env={"env_vars": env_vars}
-        ).remote(self._config, self._model_path, self._run_id, rank)
 
 
 class _KeptProbe:

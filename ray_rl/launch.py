@@ -151,6 +151,10 @@ async def _train(
         ledger = Ledger(folder.ledger, start)
         if ledger.note:
             progress.warn(ledger.note)
+
+        def without_place(size: int) -> int:
+            return unplaced_rollout_actors(config, cluster_nodes(), size)
+
         orchestrator = Orchestrator(
             config,
             pool=actors.pool,
@@ -161,12 +165,11 @@ async def _train(
             ledger=ledger,
             journal=Journal(config, sink=sink, recorder=recorder, progress=progress, report=report),
             moved=watchdog.moved,
+            without_place=without_place,
         )
 
         def scale(size: int) -> str:
-            line = scale_pool(
-                actors.pool, size, lambda wanted: unplaced_rollout_actors(config, cluster_nodes(), wanted)
-            )
+            line = scale_pool(actors.pool, size, without_place)
             orchestrator.keep_size()
             progress.note(f"ray-rl scale: {line}")
             return line
@@ -235,14 +238,16 @@ async def _actors(
             starting.create_task(start_reward_actors(reward_actors, rollout.start_timeout))
         yield _Actors(pool=pool, learner=learner)
     finally:
-        # The learner first: on each node the last user of the run's files removes them, and it is killed without ado.
-        if learner:
-            learner.shutdown()
         try:
-            await pool.shutdown()
-        finally:  # also when the user would not wait for the engines
-            await end_reward_actors(reward_actors)
-            sweep(run_id)
+            # The learner first: on each node the last user of the run's files removes them, and it is killed without ado.
+            if learner:
+                learner.shutdown()
+        finally:
+            try:
+                await pool.shutdown()
+            finally:  # also when the user would not wait for the engines
+                await end_reward_actors(reward_actors)
+                sweep(run_id)
 
 
 class _Recorder:

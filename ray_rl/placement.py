@@ -108,6 +108,11 @@ def unplaced_rollout_actors(config: RunConfig, nodes: Sequence[Node], size: int)
     return sum(bundle.role == ROLLOUT_ACTORS for bundle in left_out)
 
 
+def no_place(waiting: int, size: int) -> str:
+    """For messages: how many of `size` rollout actors wait for a node."""
+    return f"the cluster has no place for {waiting} of the {size} at present"
+
+
 async def wait_for_place(
     demand: Demand, nodes: Callable[[], Sequence[Node]], timeout: float, interval: float = 2.0
 ) -> None:

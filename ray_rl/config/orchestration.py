@@ -84,7 +84,7 @@ class RayConfig(Section):
     """Repeat on this terminal what the actors print. It always lies in the logs of Ray's session."""
     placement_timeout: float = Field(10.0, gt=0)
     """Seconds to wait for resources that a cluster lacks before saying what is missing. Where an autoscaler must first start
-    machines, as long as that takes."""
+    machines, as long as that takes: first those of the learner's ranks, and when these have their places, the others."""
 
 
 class RewardActorsConfig(Section):

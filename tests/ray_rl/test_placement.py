@@ -90,6 +90,20 @@ def test_what_scale_asks_for_beyond_the_cluster_is_counted():
     assert unplaced_rollout_actors(config, [node(5)], 4) == 0
 
 
+def test_what_scale_asks_for_goes_where_labels_and_custom_resources_let_it():
+    config = resolve_config(
+        {
+            "rollout": {"labels": {"pool": "rollout"}, "resources": {"disk": 1}},
+            "learner": {"labels": {"pool": "!rollout"}},
+        }
+    )
+    rollout = Node(name="rollout", cpus=8, resources={"disk": 2}, labels={"pool": "rollout"})
+    assert unplaced_rollout_actors(config, [rollout, node(8)], 4) == 2
+    assert shortage(Demand.of(config), [rollout]) == (
+        "1 of 1 learner ranks (1 CPU, pool=!rollout) finds no node; the cluster has a node of 8 CPU, 2 disk, pool=rollout"
+    )
+
+
 async def test_the_error_names_what_is_missing_and_the_mend():
     with pytest.raises(PlacementError, match=r"^1 of 1 rollout .* find.* no node; .*waited 0.02 s.*placement_timeout"):
         await wait_for_place(demand(BIG), lambda: [node(1, 1)], timeout=0.02, interval=0.01)

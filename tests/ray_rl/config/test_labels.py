@@ -35,7 +35,9 @@ def test_blanks_which_ray_would_take_for_part_of_a_value_go():
     assert config.rollout.labels == {"pool": "!in(a,b)", "zone": "c"}
 
 
-@pytest.mark.parametrize("condition", ["", "a b", "in()", "in(a", "in(a,)", "!!a", "(a)", "-a", "a_", "x" * 64, "in(a,!b)"])
+@pytest.mark.parametrize(
+    "condition", ["", "a b", "in()", "in(a", "in(a,)", "!!a", "(a)", "-a", "a_", "x" * 64, "in(a,!b)"]
+)
 @pytest.mark.parametrize("section", ["rollout", "reward_actors", "learner"])
 def test_what_is_no_selector_is_refused_with_its_path(section, condition):
     with pytest.raises(ConfigError, match=rf"^{section}\.labels: pool: .* is no label selector; use value, !value"):
