@@ -1,6 +1,5 @@
 """What the files of deploy/ say, for the tests that hold it against the program, its recipes and what was published."""
 
-import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +8,7 @@ from typing import Any
 
 import typer.main
 import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
 from ray_rl.cli import app
 from ray_rl.config import RunConfig, load_config
@@ -69,25 +69,28 @@ def pods(resource: Document) -> Iterator[Document]:
         yield group["template"]["spec"]
 
 
-def node(group: Document, number: int) -> Node:
-    """The Ray node that a pod of a group becomes, by the rules of KubeRay: rayStartParams, then the container's limits."""
-    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-    params = group["rayStartParams"]
-    return Node(
-        name=f"{group['groupName']}-{number}",
-        cpus=float(params.get("num-cpus", math.ceil(quantity(limits["cpu"])))),
-        gpus=float(params.get("num-gpus", limits.get("nvidia.com/gpu", 0))),
-        memory_gib=quantity(limits["memory"]) / 2**30,
-        labels=group.get("labels", {}),
-    )
+def autoscaling(cluster: Document) -> Document:
+    """A RayCluster as Ray's autoscaler reads it: a configuration of its cluster launcher."""
+    return _derive_autoscaling_config_from_ray_cr({"metadata": {"name": "x", "namespace": "x"}, "spec": cluster})
 
 
-def kubernetes_nodes(cluster: Document, size: str) -> list[Node]:
-    """Those of all groups, each of its `minReplicas` or its `maxReplicas`."""
-    return [node(group, number) for group in groups(cluster) for number in range(group[size])]
+def nodes(config: Document, size: str) -> list[Node]:
+    """Those that a configuration of the cluster launcher makes: the head, and the `min_workers` or `max_workers` of each type."""
+    return [
+        Node(
+            name=f"{name}-{number}",
+            cpus=float(kind["resources"]["CPU"]),
+            gpus=float(kind["resources"].get("GPU", 0)),
+            memory_gib=kind["resources"].get("memory", 0) / 2**30,
+            labels=kind["labels"],
+        )
+        for name, kind in config["available_node_types"].items()
+        for number in range(1 if name == config["head_node_type"] else kind[size])
+    ]
 
 
-def assert_grows_as_the_recipe_does(config: RunConfig, least: Sequence[Node], most: Sequence[Node]) -> None:
+def assert_grows_as_the_recipe_does(config: RunConfig, cluster: Document) -> None:
     """The nodes that are always there hold the actors a run begins with, and all that may be there those it may grow to."""
-    assert not shortage(Demand.of(config), least)
-    assert not shortage(Demand.of(config, rollout_actors=config.rollout.most_actors), most)
+    assert not shortage(Demand.of(config), nodes(cluster, "min_workers"))
+    most = Demand.of(config, rollout_actors=config.rollout.most_actors)
+    assert not shortage(most, nodes(cluster, "max_workers"))

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
+from ray.autoscaler._private.util import validate_config
 
 from ray_rl.placement import Demand, shortage
 from tests.deploy.deployments import (
     KUBERAY,
     assert_grows_as_the_recipe_does,
+    autoscaling,
     documents,
     groups,
-    kubernetes_nodes,
+    nodes,
     pods,
     quantity,
     resource,
@@ -98,6 +100,14 @@ def test_the_operator_takes_names_labels_and_start_parameters(file):
         assert group["template"]["spec"].get("restartPolicy", "Never") == "Never"  # autoscaler v2
 
 
+@pytest.mark.parametrize("file", RAY, ids=by_name)
+def test_rays_autoscaler_finds_in_it_what_it_needs(file):
+    config = autoscaling(cluster_of(file))
+    validate_config(config)
+    labels = {name: kind["labels"] for name, kind in config["available_node_types"].items()}
+    assert [*labels.values()] == [group.get("labels", {}) for group in groups(cluster_of(file))]
+
+
 @pytest.mark.parametrize("file", JOBS, ids=by_name)
 def test_a_job_trains_a_recipe_that_exists_in_a_folder_on_the_shared_volume_and_goes_on_when_it_comes_back(file):
     config, options = training(ray_resource(file)["spec"]["entrypoint"])
@@ -109,19 +119,16 @@ def test_a_job_trains_a_recipe_that_exists_in_a_folder_on_the_shared_volume_and_
 @pytest.mark.parametrize("file", JOBS, ids=by_name)
 def test_the_pods_hold_the_recipe_from_the_fewest_to_the_most(file):
     config, _ = training(ray_resource(file)["spec"]["entrypoint"])
-    cluster = cluster_of(file)
-    assert_grows_as_the_recipe_does(
-        config, kubernetes_nodes(cluster, "minReplicas"), kubernetes_nodes(cluster, "maxReplicas")
-    )
+    assert_grows_as_the_recipe_does(config, autoscaling(cluster_of(file)))
 
 
 def test_the_gpu_recipe_fills_what_its_cluster_has_and_no_pod_is_to_spare():
     config, _ = training(ray_resource(KUBERAY / "rayjob.yaml")["spec"]["entrypoint"])
-    nodes = kubernetes_nodes(cluster_of(KUBERAY / "rayjob.yaml"), "maxReplicas")
+    most_nodes = nodes(autoscaling(cluster_of(KUBERAY / "rayjob.yaml")), "max_workers")
     most = Demand.of(config, rollout_actors=config.rollout.most_actors)
     for pool in ("learner", "rollout"):
-        last = next(node for node in reversed(nodes) if node.labels.get("pool") == pool)
-        assert shortage(most, [node for node in nodes if node is not last])
+        last = next(node for node in reversed(most_nodes) if node.labels.get("pool") == pool)
+        assert shortage(most, [node for node in most_nodes if node is not last])
 
 
 def test_the_job_and_the_cluster_that_stays_are_the_same_cluster():

@@ -8,7 +8,7 @@ from ray.scripts.scripts import cli as ray_cli
 
 from ray_rl.config import load_config
 from ray_rl.config.cluster_shape import load_shape
-from tests.deploy.deployments import DEPLOY, KUBERAY, ROOT, kubernetes_nodes, parsed, resource
+from tests.deploy.deployments import DEPLOY, KUBERAY, ROOT, autoscaling, nodes, parsed, resource
 
 TEXT = (DEPLOY / "README.md").read_text()
 
@@ -58,13 +58,13 @@ def test_links_lead_to_files_and_to_headings():
 
 def test_the_shape_on_paper_is_the_cluster_of_the_job():
     shape = load_shape(DEPLOY / "shapes" / "kuberay.yaml")
-    cluster = resource("RayJob", KUBERAY / "rayjob.yaml")["spec"]["rayClusterSpec"]
+    cluster = autoscaling(resource("RayJob", KUBERAY / "rayjob.yaml")["spec"]["rayClusterSpec"])
 
-    def said(nodes):
-        return sorted((node.cpus, node.gpus, node.memory_gib, sorted(node.labels.items())) for node in nodes)
+    def said(those):
+        return sorted((node.cpus, node.gpus, node.memory_gib, sorted(node.labels.items())) for node in those)
 
-    assert said(shape.nodes()) == said(kubernetes_nodes(cluster, "minReplicas"))
-    assert said([*shape.nodes(), *shape.addable()]) == said(kubernetes_nodes(cluster, "maxReplicas"))
+    assert said(shape.nodes()) == said(nodes(cluster, "min_workers"))
+    assert said([*shape.nodes(), *shape.addable()]) == said(nodes(cluster, "max_workers"))
 
 
 def test_the_readme_of_the_repository_leads_here():
