@@ -11,6 +11,7 @@ from ray_rl.config.load import recipe_names, recipe_text, task_from_text
 from ray_rl.config.values import FixedValues
 
 SHIPPED = {
+    "gpu-cluster",
     "gpu-node",
     "gsm8k-grpo",
     "gsm8k-vineppo",
