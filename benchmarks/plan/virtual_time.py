@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 T = TypeVar("T")
 V = TypeVar("V")
+Ts = TypeVarTuple("Ts")
 
 _THREAD_LOOK_SECONDS = 0.01
 """Of real time, between looks whether a thread has brought something."""
@@ -85,7 +86,7 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._virtual_clock.now
 
-    def run_in_executor(self, executor: Executor | None, func: Callable[..., V], *args: Any) -> asyncio.Future[V]:
+    def run_in_executor(self, executor: Executor | None, func: Callable[[*Ts], V], *args: *Ts) -> asyncio.Future[V]:
         """Refused: an idle thread of a pool looks like one that works."""
         raise RuntimeError("no pools of threads in virtual time; use ray_rl.deadlines.in_thread")
 
