@@ -13,6 +13,7 @@ from importlib import util
 from pathlib import Path
 
 from ray_rl.config import RunConfig
+from ray_rl.config.nodes import Node
 from ray_rl.config.orchestration import RayConfig
 from ray_rl.config.task import DatasetTaskConfig
 from ray_rl.errors import ConfigError, RunError
@@ -38,7 +39,7 @@ from ray_rl.installation import (
 )
 from ray_rl.machine import Machine
 from ray_rl.model_files import check_model_folder
-from ray_rl.placement import Demand, Node, is_own_ray, knock, named_address, shortage
+from ray_rl.placement import Demand, is_own_ray, knock, named_address, shortage
 from ray_rl.weight_file import sweep_dead
 
 _KNOCK_SECONDS = 2.0
@@ -97,7 +98,7 @@ def devices(config: RunConfig | None, machine: Machine) -> Iterator[Finding]:
     elif machine.gpus is None:
         mend = "if the run waits for GPUs in vain, install nvidia-smi or set rollout.gpus_per_actor and learner.gpus_per_rank"
         yield Finding(check="GPUs", found=f"{found}; {asked.gpus:g} are asked for", verdict="warning", mend=mend)
-    elif shortage(asked, [{"CPU": asked.cpus, "GPU": len(machine.gpus)}]):
+    elif shortage(asked, [Node(name="here", cpus=asked.cpus, gpus=len(machine.gpus))]):
         mend = (
             "rollout.gpus_per_actor=0 learner.gpus_per_rank=0 (CPU), rollout.num_actors or learner.ranks lower, or "
             "ray.address=HOST:PORT of a cluster that has them"
@@ -114,7 +115,7 @@ def cpus(config: RunConfig, machine: Machine) -> Finding:
     offered = config.ray.num_cpus
     found = f"{asked.cpus:g} CPUs asked for, {machine.cpus} here"
     least = Demand.of(config)
-    if offered is not None and shortage(least, [{"CPU": offered, "GPU": least.gpus}]):
+    if offered is not None and shortage(least, [Node(name="here", cpus=offered, gpus=least.gpus)]):
         mend = "leave ray.num_cpus out"
         found = f"{least.cpus:g} CPUs asked for, and ray.num_cpus offers {offered}"
         return Finding(check="ray.num_cpus", found=found, verdict="fault", mend=mend)

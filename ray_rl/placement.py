@@ -7,14 +7,13 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ray_rl.config import RunConfig
+from ray_rl.config.bundle import Bundle, amounts
+from ray_rl.config.nodes import Node
 from ray_rl.errors import RunError
-
-Node = Mapping[str, float]
-"""A node's resources in total, by Ray's names: CPU, GPU."""
 
 _KNOCK_SECONDS = 10.0
 _TINY = 1e-9
@@ -23,20 +22,6 @@ _MEND = "add nodes, or lower rollout.num_actors, rollout.cpus_per_actor, rollout
 
 class PlacementError(RunError):
     """The cluster has no place for some of the run's actors; the message says for which, what there is, and what to change."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bundle:
-    """What one actor asks of the node that it is placed on."""
-
-    role: str
-    """Plural, for messages: rollout actors, learner ranks, reward actors."""
-    cpus: float
-    gpus: float = 0.0
-
-    def __str__(self) -> str:
-        """For messages."""
-        return _resources({"CPU": self.cpus, "GPU": self.gpus})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +63,8 @@ class _Free:
     """What is left of a node while bundles are put on it. A share of a GPU comes from one GPU, several GPUs are whole ones."""
 
     def __init__(self, node: Node) -> None:
-        self.cpus = node.get("CPU", 0.0)
-        self.gpus = [1.0] * int(node.get("GPU", 0.0))
+        self.cpus = node.cpus
+        self.gpus = [1.0] * int(node.gpus)
 
     def devices(self, gpus: float) -> list[int] | None:
         """The GPUs that a bundle would get, the fullest that will do; None when they are not there."""
@@ -180,7 +165,7 @@ def knock(address: str, seconds: float = _KNOCK_SECONDS) -> None:
 
 
 def _described(nodes: Sequence[Node]) -> str:
-    kinds = Counter(_resources(node) for node in nodes)
+    kinds = Counter(amounts(node.cpus, node.gpus, {}) for node in nodes)
     if not kinds:
         return "the cluster has no node"
     return "the cluster has " + ", ".join(_described_kinds(kinds))
@@ -189,8 +174,3 @@ def _described(nodes: Sequence[Node]) -> str:
 def _described_kinds(kinds: Counter[str]) -> Iterator[str]:
     for kind, count in kinds.most_common():
         yield f"a node of {kind}" if count == 1 else f"{count} nodes of {kind} each"
-
-
-def _resources(amounts: Mapping[str, float]) -> str:
-    present = [f"{amounts[name]:g} {name}" for name in ("CPU", "GPU") if amounts.get(name)]
-    return ", ".join(present) or "no CPU"

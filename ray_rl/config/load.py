@@ -33,23 +33,28 @@ def recipe_text(recipe: str) -> str:
         return (resources.files("ray_rl") / "recipes" / f"{recipe}.yaml").read_text()
     path = Path(os.path.expanduser(recipe))
     if os.path.isfile(path):  # False also where a name can't be a path
-        return _text_of(path)
+        return text_of(path)
     raise ConfigError(
         f"recipe: {printable(recipe)} is neither a file nor a shipped recipe ({', '.join(recipe_names())})"
     )
 
 
-def _text_of(path: Path) -> str:
+def text_of(path: Path, what: str = "recipe") -> str:
+    """The text of a file that a person wrote; `what` says in messages what it is.
+
+    Raises:
+        ConfigError: it cannot be read, or is no text of a sensible size.
+    """
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise ConfigError(
-                f"recipe: {path} has {path.stat().st_size / 2**20:.0f} MiB; a recipe is a text of a few KiB"
+                f"{what}: {path} has {path.stat().st_size / 2**20:.0f} MiB; a {what} is a text of a few KiB"
             )
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"recipe: {path} is not UTF-8 text ({error}); name a YAML file") from error
+        raise ConfigError(f"{what}: {path} is not UTF-8 text ({error}); name a YAML file") from error
     except OSError as error:
-        raise ConfigError(f"recipe: {path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{what}: {path} cannot be read: {error.strerror}") from error
 
 
 def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -84,7 +89,7 @@ def resolve_config(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Ru
     try:
         return RunConfig.model_validate(_with_absolute_paths(merged))
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(error))) from error
+        raise ConfigError("\n".join(explain(error, _UNKNOWN_KEY))) from error
 
 
 _PATHS = (("model", "path"), ("task", "path"), ("task", "eval_path"), ("reward", "function"))
@@ -151,7 +156,8 @@ def _set(data: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, 
     return result
 
 
-def _explain(error: ValidationError) -> list[str]:
+def explain(error: ValidationError, unknown_key: str) -> list[str]:
+    """The faults that pydantic found, a line each with the path; `unknown_key` says what is wrong with such a one."""
     lines: list[str] = []
     for fault in error.errors():
         location = fault["loc"]
@@ -160,7 +166,7 @@ def _explain(error: ValidationError) -> list[str]:
         message = fault["msg"].removeprefix("Value error, ")
         path = ".".join(str(part) for part in _without_tags(location))
         if fault["type"] == "extra_forbidden":
-            message = "unknown key; `ray-rl validate --json-schema` lists the known ones"
+            message = unknown_key
         elif fault["type"] == "missing":
             message = "is required"
         elif fault["type"] not in ("value_error", "union_tag_invalid"):
@@ -172,6 +178,7 @@ def _explain(error: ValidationError) -> list[str]:
     return lines
 
 
+_UNKNOWN_KEY = "unknown key; `ray-rl validate --json-schema` lists the known ones"
 _ACTORS = ("rollout", "num_actors")
 _SECTIONS_WITH_KIND = ("task", "reward", "segmentation", "values", "advantage", "weights")
 

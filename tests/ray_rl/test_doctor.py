@@ -8,6 +8,7 @@ import pytest
 
 from ray_rl import installation
 from ray_rl.config import RunConfig, resolve_config
+from ray_rl.config.nodes import Node
 from ray_rl.doctor import cpus, device_memory, devices, disk, examine, memory, require, room, shared_memory, task
 from ray_rl.embedded import policy_path
 from ray_rl.errors import ConfigError
@@ -177,10 +178,10 @@ def test_a_cluster_that_does_not_answer_is_a_fault():
 @pytest.mark.parametrize(("seconds", "verdict"), [(5, "fault"), (10, "fault"), (600, "warning")])
 def test_a_cluster_without_room_is_a_fault_unless_the_run_waits_for_an_autoscaler(seconds, verdict):
     waits = config("ray.address=10.0.0.1:6379", f"ray.placement_timeout={seconds}")
-    finding = room(waits, [{"CPU": 0.5}])
+    finding = room(waits, [Node(name="node", cpus=0.5)])
     assert (finding.check, finding.verdict) == ("ray.address", verdict)
     assert "ray.placement_timeout" in finding.mend
-    assert room(waits, [{"CPU": 64.0}]).verdict == "ok"
+    assert room(waits, [Node(name="node", cpus=64)]).verdict == "ok"
 
 
 @pytest.mark.parametrize(
