@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,12 +112,12 @@ def read_rates(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: unreadable, or neither.
     """
-    data = parse_yaml(text_of(path, "rates"), f"{path}:")
-    if isinstance(data, dict) and "cases" in data:
-        cases = data["cases"]
-        data = cases["plan"].get("details", {}).get("rates") if isinstance(cases, dict) and "plan" in cases else None
+    data = parse_yaml(text_of(path, "rates file"), f"{path}:")
+    cases = data.get("cases") if isinstance(data, dict) else None
+    if isinstance(cases, dict):
+        data = cases["plan"].get("details", {}).get("rates") if isinstance(cases.get("plan"), dict) else None
         if data is None:
-            raise ConfigError(f"{path}: no result of the case `plan`; measure one with ray-rl bench plan --json FILE")
+            raise ConfigError(f"{path}: has no result of the case plan; measure it: ray-rl bench plan --json FILE")
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: rates are a mapping of sections, not a {type(data).__name__}")
     return data
@@ -134,8 +133,17 @@ def resolve_rates(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Rat
     for override in overrides:
         path, value = parse_override(override)
         merged = with_value(merged, path, value)
-    check_plain(merged)
+    plain = _with_text_keys(merged)
+    check_plain(plain)
     try:
-        return Rates.model_validate(json.loads(json.dumps(merged)) if merged else merged)
+        return Rates.model_validate(plain)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"rates: {line}" for line in explain(error))) from error
+        lines = explain(error, f"unknown key; sections are {', '.join(Rates.model_fields)}")
+        raise ConfigError("\n".join(f"rates: {line}" for line in lines)) from error
+
+
+def _with_text_keys(value: Any) -> Any:
+    """YAML reads the numbers of sequences as numbers; the checks of what a user wrote know text only."""
+    if isinstance(value, Mapping):
+        return {str(key) if isinstance(key, int) else key: _with_text_keys(inner) for key, inner in value.items()}
+    return value
