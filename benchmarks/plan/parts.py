@@ -84,7 +84,7 @@ class PlannedActor(SimulatedActor):
     async def _valued(
         self, prompt: Prompt, lengths: Sequence[int], of_each: Sequence[Sequence[int]], prefill: float
     ) -> None:
-        """With K continuations each completion is continued as soon as it is there; else where to is known when all are graded."""
+        """With K continuations a completion is continued as soon as it is there; else where to is known when all are graded."""
         age = prompt.position
         if isinstance(self._config.values, FixedValues):
 
