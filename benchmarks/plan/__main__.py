@@ -44,7 +44,7 @@ def plan(
         bool, typer.Option("--scale-batch", help="training.prompts_per_step grows with the GPUs")
     ] = False,
     steps: Annotated[int, typer.Option(min=1, help="that are simulated for each split, when it runs smoothly")] = 4,
-    groups: Annotated[int, typer.Option(min=1, help="of a step that are simulated; of more, an equal part")] = 512,
+    groups: Annotated[int, typer.Option(min=1, help="of a step that are simulated; of more, an equal part")] = 256,
     rows: Annotated[int, typer.Option(min=1, help="splits to show for each cluster")] = 5,
     json_file: Annotated[Path | None, typer.Option("--json", help="write all that was tried here")] = None,
 ) -> None:

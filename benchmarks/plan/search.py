@@ -11,12 +11,12 @@ from benchmarks.plan.simulation import Forecast, Split, forecast
 from ray_rl.config import RunConfig
 from ray_rl.errors import ConfigError
 
-_SHARES = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
+_SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 15 / 16)
 """Of the most ranks there can be: where the search looks first."""
 _ALL = 12
 """Up to so many possibilities, each is tried."""
-_FINENESS = 64
-"""The best number of ranks is found to a 64th of the most there can be."""
+_FINENESS = 32
+"""The best number of ranks is found to a 32nd of the most there can be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ def search(
     room: Room,
     *,
     steps: int = 4,
-    most_groups: int = 512,
+    most_groups: int = 256,
     tried: Callable[[Forecast], object] = lambda found: None,
 ) -> Plan:
     """Try numbers of ranks, the rest of the cluster being rollout actors: coarsely first, then around the best.

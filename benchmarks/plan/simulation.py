@@ -78,8 +78,8 @@ def forecast(config: RunConfig, rates: Rates, split: Split, *, steps: int = 4, m
     training = config.training
     part = max(1, min(split.actors, split.actors * most_groups // training.prompts_per_step))
     groups = max(1, round(training.prompts_per_step * part / split.actors))
-    first = training.max_staleness + 2
-    planned = _planned(config, split, groups, steps=first + steps + training.max_staleness + 1)
+    first = training.max_staleness + 1
+    planned = _planned(config, split, groups, steps=first + steps + training.max_staleness)
     cluster = _Cluster(planned, rates, part, parts=training.prompts_per_step / groups)
     measured = cluster.simulate()
     begin, end = measured[first - 1], measured[first + steps - 1]
