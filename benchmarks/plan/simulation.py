@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -59,7 +60,15 @@ class Forecast:
         return self.tokens_per_step / self.step_seconds
 
 
-def forecast(config: RunConfig, rates: Rates, split: Split, *, steps: int = 4, most_groups: int = 1024) -> Forecast:
+def forecast(
+    config: RunConfig,
+    rates: Rates,
+    split: Split,
+    *,
+    steps: int = 4,
+    most_groups: int = 1024,
+    in_real_time: bool = False,
+) -> Forecast:
     """Simulate a recipe with other numbers of actors and ranks than its own.
 
     Evaluations and checkpoints are left out. Larger batches than `most_groups` are simulated as one part of the cluster with its
@@ -71,6 +80,7 @@ def forecast(config: RunConfig, rates: Rates, split: Split, *, steps: int = 4, m
         split: to be tried.
         steps: that count; those in which the pipeline fills, and empties, come besides.
         most_groups: of a step that are simulated one by one.
+        in_real_time: on the ordinary event loop, so that all that is simulated is really waited for.
 
     Raises:
         RunError: the run would end with it, for instance because groups take longer than rollout.group_timeout.
@@ -81,7 +91,7 @@ def forecast(config: RunConfig, rates: Rates, split: Split, *, steps: int = 4, m
     first = training.max_staleness + 1
     planned = _planned(config, split, groups, steps=first + steps + training.max_staleness)
     cluster = _Cluster(planned, rates, part, parts=training.prompts_per_step / groups)
-    measured = cluster.simulate()
+    measured = cluster.simulate(in_real_time)
     begin, end = measured[first - 1], measured[first + steps - 1]
     busy = cluster.busy_after[first + steps - 1] - cluster.busy_after[first - 1]
     seconds = end.ended - begin.ended
@@ -123,13 +133,13 @@ class _Cluster:
         """Tokens per second of an engine with a full batch."""
         return self._actors[0].engine.best_rate
 
-    def simulate(self) -> Sequence[SimulatedStep]:
+    def simulate(self, in_real_time: bool) -> Sequence[SimulatedStep]:
         pool = ActorPool(self._make, self._employed, limits=_limits(self._config))
         learner = PlannedLearner(self._config, self._rates, self.parts)
         most_seconds = _MOST_SECONDS_A_STEP * self._config.training.steps
         with tempfile.TemporaryDirectory() as folder:
             run = lead(self._config, pool, learner, Path(folder) / "run", on_step=self._mark)
-            return run_in_virtual_time(run, most_seconds=most_seconds)
+            return asyncio.run(run) if in_real_time else run_in_virtual_time(run, most_seconds=most_seconds)
 
     def _make(self, index: int) -> PlannedActor:
         actor = PlannedActor(index, self._config, self._rates, self._draws, self._sync_seconds)
