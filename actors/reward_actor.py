@@ -84,8 +84,11 @@ def create_reward_actors(config: RunConfig) -> list[Any]:
         return []
     if isinstance(reward, PythonRewardConfig):
         check_python_function(reward.function)
-    options = RewardActor.options(num_cpus=config.reward_actors.cpus_per_actor)  # type: ignore[attr-defined]
-    return [options.remote(reward) for _ in range(config.reward_actors.actors)]
+    actors = config.reward_actors
+    options = RewardActor.options(  # type: ignore[attr-defined]
+        num_cpus=actors.cpus_per_actor, resources=actors.resources, label_selector=actors.labels
+    )
+    return [options.remote(reward) for _ in range(actors.actors)]
 
 
 async def start_reward_actors(handles: Sequence[Any], seconds: float) -> None:

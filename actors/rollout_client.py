@@ -133,6 +133,8 @@ def create_rollout_client(
             # Its own, and no placement group's: so Ray's autoscaler finds or frees a node for each.
             num_cpus=rollout.cpus_per_actor,
             num_gpus=rollout.gpus_per_actor,
+            resources=rollout.resources,
+            label_selector=rollout.labels,
             # The pool replaces it: what Ray would restart has neither engine nor weights.
             max_restarts=0,
             # Groups, answers to evaluation prompts, and room for what must not wait behind them.

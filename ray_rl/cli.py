@@ -83,15 +83,38 @@ def validate(
     json_schema: Annotated[
         bool, typer.Option("--json-schema", help="print the JSON schema of recipes instead")
     ] = False,
+    cluster: Annotated[
+        Path | None, typer.Option(help="print instead how it would lie on this cluster: a shape as in deploy/shapes/")
+    ] = None,
 ) -> None:
-    """Check a recipe and print the resolved configuration."""
+    """Check a recipe and print the resolved configuration; with --cluster, whether and how it fits there."""
     if json_schema:
         typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
         return
     if not recipe:
         raise ConfigError("validate: name a recipe, or use --json-schema")
     config = load_config(recipe, overrides or [])
+    if cluster:
+        _print_layouts(config, cluster)
+        return
     typer.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), nl=False)
+
+
+def _print_layouts(config: RunConfig, file: Path) -> None:
+    from ray_rl.config.cluster_shape import load_shape
+    from ray_rl.layout import layouts
+
+    for layout in layouts(config, load_shape(file)):
+        table = Table(title=f"{config.name} with {layout.rollout_actors} rollout actors on {file.stem}")
+        for column in ("node", "has", "on it", "stays free"):
+            table.add_column(column, overflow="fold")
+        for row in layout.rows:
+            table.add_row(*map(escape, (row.nodes, row.has, row.holds, row.free)))
+        Console().print(table)
+        for line in layout.additions:
+            typer.echo(line)
+        if layout.left_out:
+            typer.echo(f"warning: {layout.left_out} of the {layout.rollout_actors} rollout actors find no node")
 
 
 @app.command()

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ray.exceptions import RayError
 
@@ -150,6 +151,10 @@ async def _train(
         ledger = Ledger(folder.ledger, start)
         if ledger.note:
             progress.warn(ledger.note)
+
+        def without_place(size: int) -> int:
+            return unplaced_rollout_actors(config, cluster_nodes(), size)
+
         orchestrator = Orchestrator(
             config,
             pool=actors.pool,
@@ -160,12 +165,11 @@ async def _train(
             ledger=ledger,
             journal=Journal(config, sink=sink, recorder=recorder, progress=progress, report=report),
             moved=watchdog.moved,
+            without_place=without_place,
         )
 
         def scale(size: int) -> str:
-            line = scale_pool(
-                actors.pool, size, lambda wanted: unplaced_rollout_actors(config, cluster_nodes(), wanted)
-            )
+            line = scale_pool(actors.pool, size, without_place)
             orchestrator.keep_size()
             progress.note(f"ray-rl scale: {line}")
             return line
@@ -205,7 +209,8 @@ async def _actors(
 ) -> AsyncIterator[_Actors]:
     """All actors of a run, started side by side; ended together, whatever happens."""
     model, rollout = model_source(config), config.rollout
-    reward_actors = create_reward_actors(config)
+    learner = LearnerGroup(config, model, run_id, may_grow=not is_own_ray(config)) if with_learner else None
+    reward_actors: list[Any] = []
     pool = ActorPool(
         lambda index: create_rollout_client(config, model, run_id, index, reward_actors=reward_actors, step=step),
         rollout.least_actors,
@@ -220,27 +225,29 @@ async def _actors(
         serves_loaded=not with_learner,
         warn=warn,
     )
-    learner: LearnerGroup | None = None
     try:
         demand = Demand.of(config, with_learner=with_learner)
-        # Beside the start of the actors: it is their requests that an autoscaler answers.
+        # Beside the requests for the actors: it is those that an autoscaler answers.
         async with asyncio.TaskGroup() as starting:
             starting.create_task(wait_for_place(demand, cluster_nodes, placement_seconds(config)))
+            if learner:
+                await learner.reserve()  # before other actors take the ranks' places
+                starting.create_task(learner.begin())
+            reward_actors.extend(create_reward_actors(config))
             starting.create_task(pool.start())
             starting.create_task(start_reward_actors(reward_actors, rollout.start_timeout))
-            if with_learner:
-                ranks = starting.create_task(LearnerGroup.start(config, model, run_id, may_grow=not is_own_ray(config)))
-        learner = ranks.result() if with_learner else None
         yield _Actors(pool=pool, learner=learner)
     finally:
-        # The learner first: on each node the last user of the run's files removes them, and it is killed without ado.
-        if learner:
-            learner.shutdown()
         try:
-            await pool.shutdown()
-        finally:  # also when the user would not wait for the engines
-            await end_reward_actors(reward_actors)
-            sweep(run_id)
+            # The learner first: on each node the last user of the run's files removes them, and it is killed without ado.
+            if learner:
+                learner.shutdown()
+        finally:
+            try:
+                await pool.shutdown()
+            finally:  # also when the user would not wait for the engines
+                await end_reward_actors(reward_actors)
+                sweep(run_id)
 
 
 class _Recorder:

@@ -15,6 +15,7 @@ from pydantic import AfterValidator
 _WORD = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
 _KEY = re.compile(rf"(?:[a-zA-Z0-9][a-zA-Z0-9_.-]{{0,252}}/)?{_WORD}")
 _VALUE = re.compile(_WORD)
+_BLANKS = re.compile(r"\s*([!(),])\s*")
 _SELECTOR = re.compile(rf"!?(?:{_WORD}|in\({_WORD}(?:,{_WORD})*\))")
 
 
@@ -30,8 +31,8 @@ def _holds(condition: str, label: str | None) -> bool:
 
 
 def _checked_selector(given: dict[str, str]) -> dict[str, str]:
-    """Without blanks: Ray takes them, but then means values that begin with one."""
-    selector = {key: "".join(condition.split()) for key, condition in given.items()}
+    """Without blanks between values: Ray takes them, but then means values that begin with one."""
+    selector = {key: _BLANKS.sub(r"\1", condition.strip()) for key, condition in given.items()}
     for key, condition in selector.items():
         _check_key(key)
         if not _SELECTOR.fullmatch(condition):

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from ray_rl.config.labels import CustomResources, LabelSelector
 from ray_rl.config.section import Section
 
 DecidedGroups = Literal["keep", "drop", "refill"]
@@ -83,7 +84,7 @@ class RayConfig(Section):
     """Repeat on this terminal what the actors print. It always lies in the logs of Ray's session."""
     placement_timeout: float = Field(10.0, gt=0)
     """Seconds to wait for resources that a cluster lacks before saying what is missing. Where an autoscaler must first start
-    machines, as long as that takes."""
+    machines, as long as that takes: first those of the learner's ranks, and when these have their places, the others."""
 
 
 class RewardActorsConfig(Section):
@@ -91,3 +92,7 @@ class RewardActorsConfig(Section):
 
     actors: int = Field(1, ge=1)
     cpus_per_actor: float = Field(0.5, ge=0)
+    resources: CustomResources = Field(default_factory=dict)
+    """Custom resources of a cluster that one actor takes."""
+    labels: LabelSelector = Field(default_factory=dict)
+    """What the labels of an actor's node must be; as `rollout.labels`."""

@@ -4,6 +4,7 @@ import math
 
 from pydantic import Field, field_validator, model_validator
 
+from ray_rl.config.labels import CustomResources, LabelSelector
 from ray_rl.config.section import Section
 
 
@@ -40,6 +41,11 @@ class RolloutConfig(Section):
     """Ray CPUs of one actor, and (rounded down, at least 1) the threads of its engine on CPU."""
     gpus_per_actor: float = Field(0, ge=0)
     """Ray GPUs of one actor; 0 runs the engine on CPU."""
+    resources: CustomResources = Field(default_factory=dict)
+    """Custom resources of a cluster that one actor takes, for instance `{fast_disk: 1}`."""
+    labels: LabelSelector = Field(default_factory=dict)
+    """What the labels of an actor's node must be, as in Ray's label selectors: `{pool: rollout}`, `{pool: "!learner"}`,
+    `{ray.io/accelerator-type: "in(H100,H200)"}`. Its engine's processes are always on the actor's node."""
     tensor_parallel: int = Field(1, ge=1)
     """GPUs that share one engine's weights."""
     kv_cache_gib: float | None = Field(None, gt=0)

@@ -248,3 +248,13 @@ def test_a_dataset_file_is_here_and_a_name_is_read_from_the_hub(tmp_path):
     (there,) = task(config("task={kind: dataset, path: openai/gsm8k}"))
     assert "hub" not in here.found
     assert "hub" in there.found
+
+
+def test_a_ray_of_the_runs_own_has_neither_labels_nor_custom_resources():
+    asks = config("rollout.labels={pool: a, ray.io/accelerator-type: H100}", "learner.resources={disk: 1}")
+    found = [finding for finding in examine(asks) if finding.check == "ray.address"]
+    assert [(finding.verdict, finding.found) for finding in found] == [
+        ("fault", "a Ray of the run's own has no disk, which learner asks for"),
+        ("fault", "a Ray of the run's own has no pool, which rollout asks for"),
+    ]
+    assert "leave out rollout.resources and rollout.labels" in found[1].mend

@@ -77,7 +77,7 @@ def test_tenths_that_do_not_add_up_in_floating_point_still_fit():
 def test_the_sentence_names_what_finds_no_node_and_what_nodes_there_are():
     nodes = [node(8, 1), node(2), node(2)]
     assert shortage(demand(SMALL, SMALL, BIG), nodes) == (
-        "1 of 1 rollout actors (1 CPU, 2 GPU) and 1 of 2 learner ranks (4 CPU, 1 GPU) find no node; "
+        "1 of 2 learner ranks (4 CPU, 1 GPU) and 1 of 1 rollout actors (1 CPU, 2 GPU) find no node; "
         "the cluster has 2 nodes of 2 CPU each, a node of 8 CPU, 1 GPU"
     )
     assert shortage(demand(SMALL), []) == "1 of 1 learner ranks (4 CPU, 1 GPU) finds no node; the cluster has no node"
@@ -88,6 +88,20 @@ def test_what_scale_asks_for_beyond_the_cluster_is_counted():
     config = resolve_config({})
     assert unplaced_rollout_actors(config, [node(3)], 4) == 2
     assert unplaced_rollout_actors(config, [node(5)], 4) == 0
+
+
+def test_what_scale_asks_for_goes_where_labels_and_custom_resources_let_it():
+    config = resolve_config(
+        {
+            "rollout": {"labels": {"pool": "rollout"}, "resources": {"disk": 1}},
+            "learner": {"labels": {"pool": "!rollout"}},
+        }
+    )
+    rollout = Node(name="rollout", cpus=8, resources={"disk": 2}, labels={"pool": "rollout"})
+    assert unplaced_rollout_actors(config, [rollout, node(8)], 4) == 2
+    assert shortage(Demand.of(config), [rollout]) == (
+        "1 of 1 learner ranks (1 CPU, pool=!rollout) finds no node; the cluster has a node of 8 CPU, 2 disk, pool=rollout"
+    )
 
 
 async def test_the_error_names_what_is_missing_and_the_mend():
