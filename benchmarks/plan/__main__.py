@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.status import Status
 
 from benchmarks.plan.rates import Rates, read_rates, resolve_rates
 from benchmarks.plan.report import as_json, show
 from benchmarks.plan.room import Room, gpus_of, with_gpus
 from benchmarks.plan.runs import rates_of_runs
 from benchmarks.plan.search import Plan, scaled_batch, search
-from ray_rl.config import load_config
-from ray_rl.config.cluster_shape import load_shape
+from benchmarks.plan.simulation import Forecast
+from ray_rl.config import RunConfig, load_config
+from ray_rl.config.cluster_shape import ClusterShape, load_shape
 from ray_rl.errors import ConfigError, RunError
 from ray_rl.placement import Demand, shortage
 
@@ -34,12 +37,15 @@ def plan(
         Path | None, typer.Option(help="measured rates: a YAML file, or what ray-rl bench plan --json wrote")
     ] = None,
     runs: Annotated[
-        list[Path] | None, typer.Option("--from", help="a run's folder to take rates from; may be repeated")
+        list[Path] | None,
+        typer.Option("--from", help="a run's folder; what it tells goes over the rates; may be repeated"),
     ] = None,
     rate: Annotated[
-        list[str] | None, typer.Option(help="one number over them, as engine.group_seconds=0.1; may be repeated")
+        list[str] | None, typer.Option(help="one number over both, as engine.group_seconds=0.1; may be repeated")
     ] = None,
-    gpus: Annotated[str, typer.Option(help="also with so many GPUs, as 8,64,512; default the cluster's own")] = "",
+    gpus: Annotated[
+        str, typer.Option(help="with so many GPUs instead, as 8,64,512: more or fewer of the same nodes")
+    ] = "",
     scale_batch: Annotated[
         bool, typer.Option("--scale-batch", help="training.prompts_per_step grows with the GPUs")
     ] = False,
@@ -56,29 +62,42 @@ def plan(
         raise ConfigError("plan: name the cluster: --cluster SHAPE.yaml")
     if json_file and not json_file.parent.is_dir():
         raise ConfigError(f"--json: {json_file.parent} is not a folder; make it first")
-    config, shape, console = load_config(recipe, overrides or []), load_shape(cluster), Console()
-    known = _rates(rates, runs or [], rate or [])
+    config, shape, known = (
+        load_config(recipe, overrides or []),
+        load_shape(cluster),
+        _rates(rates, runs or [], rate or []),
+    )
+    clusters = list(_clusters(config, shape, _numbers(gpus), scale_batch))
+    console = Console()
     console.print(f"rates: {known.about or 'nobody says where they were measured'}", highlight=False)
     plans: list[Plan] = []
-    for wanted in _numbers(gpus) or [gpus_of(shape)]:
-        scaled = with_gpus(shape, wanted) if gpus else shape
-        grown = scaled_batch(config, wanted / gpus_of(shape)) if gpus and scale_batch else config
-        room = Room.of(grown, scaled)
+    for grown, room in clusters:
         with console.status("simulating") as status:
-            found = search(
-                grown,
-                known,
-                room,
-                steps=steps,
-                most_groups=groups,
-                tried=lambda one: status.update(f"simulated {one.split.actors} actors, {one.split.ranks} ranks"),
-            )
-        show(console, [found], rows)
-        _warn_of_shortage(found)
-        plans.append(found)
+            tell = partial(_tell, status)
+            plans.append(search(grown, known, room, steps=steps, most_groups=groups, tried=tell))
+        show(console, plans[-1], rows)
+        _warn_of_shortage(plans[-1])
         if json_file:
             data = {"rates": known.model_dump(mode="json"), "plans": as_json(plans)}
             json_file.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _clusters(
+    config: RunConfig, shape: ClusterShape, numbers: Sequence[int], scale_batch: bool
+) -> Iterator[tuple[RunConfig, Room]]:
+    """The cluster with each number of GPUs, or as it is, and the recipe for it."""
+    if scale_batch and not numbers:
+        raise ConfigError("--scale-batch: the batch grows with the GPUs; name numbers of them: --gpus 8,64")
+    for number in numbers:
+        scaled = with_gpus(shape, number)
+        grown = scaled_batch(config, number / gpus_of(shape)) if scale_batch else config
+        yield grown, Room.of(grown, scaled)
+    if not numbers:
+        yield config, Room.of(config, shape)
+
+
+def _tell(status: Status, found: Forecast) -> None:
+    status.update(f"simulated {found.split.actors} rollout actors, {found.split.ranks} learner ranks")
 
 
 def _rates(path: Path | None, runs: Sequence[Path], overrides: Sequence[str]) -> Rates:

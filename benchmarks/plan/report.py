@@ -19,25 +19,24 @@ _BUSY_DRIVER = 0.7
 """Share of a core from which on the driver is said to be what limits."""
 
 
-def show(console: Console, plans: Sequence[Plan], best_of_each: int) -> None:
-    """Print the best splits of each cluster."""
-    for plan in plans:
-        training, room = plan.config.training, plan.room
-        title = (
-            f"{room.gpus} GPUs: {described(room.shape)}; {training.prompts_per_step} prompts x "
-            f"{plan.config.rollout.group_size} a step, max_staleness {training.max_staleness}"
-        )
-        table = Table(title=title, title_justify="left")
-        rows = [_cells(plan, found) for found in plan.forecasts[:best_of_each]]
-        for column in rows[0]:
-            table.add_column(column, justify="right", no_wrap=True)
-        for row in rows:
-            table.add_row(*row.values(), style="bold" if row is rows[0] else "")
-        # As wide as it is: a terminal breaks the lines, a file keeps them.
-        console.width = max(console.width, Console(width=_WIDEST).measure(table).maximum)
-        console.print(table)
-        for remark in remarks(plan):
-            console.print(f"  {remark}", highlight=False)
+def show(console: Console, plan: Plan, most_rows: int) -> None:
+    """Print the best splits of a cluster."""
+    config, room = plan.config, plan.room
+    table = Table(
+        title=f"{room.gpus} GPUs: {described(room.shape)}; {config.training.prompts_per_step} prompts x "
+        f"{config.rollout.group_size} a step, max_staleness {config.training.max_staleness}",
+        title_justify="left",
+    )
+    rows = [_cells(plan, found) for found in plan.forecasts[:most_rows]]
+    for column in rows[0]:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row.values(), style="bold" if row is rows[0] else "")
+    # As wide as it is: a terminal breaks the lines, a file keeps them.
+    console.width = max(console.width, Console(width=_WIDEST).measure(table).maximum)
+    console.print(table)
+    for remark in remarks(plan):
+        console.print(f"  {remark}", highlight=False)
 
 
 def remarks(plan: Plan) -> list[str]:
@@ -87,6 +86,7 @@ def _cells(plan: Plan, found: Forecast) -> Mapping[str, str]:
     config, cost = plan.config, plan.cost(found)
     gpus = (found.split.actors * config.rollout.gpus_per_actor, found.split.ranks * config.learner.gpus_per_rank)
     return {
+        "": "best" if found is plan.best else "",
         "rollout actors": f"{found.split.actors}",
         "learner ranks": f"{found.split.ranks}",
         "GPUs": f"{gpus[0]:g} + {gpus[1]:g}" if any(gpus) else "none",

@@ -85,38 +85,22 @@ def forecast(
     Raises:
         RunError: the run would end with it, for instance because groups take longer than rollout.group_timeout.
     """
-    training = config.training
-    part = max(1, min(split.actors, split.actors * most_groups // training.prompts_per_step))
-    groups = max(1, round(training.prompts_per_step * part / split.actors))
-    first = training.max_staleness + 1
-    planned = _planned(config, split, groups, steps=first + steps + training.max_staleness)
-    cluster = _Cluster(planned, rates, part, parts=training.prompts_per_step / groups)
-    measured = cluster.simulate(in_real_time)
-    begin, end = measured[first - 1], measured[first + steps - 1]
-    busy = cluster.busy_after[first + steps - 1] - cluster.busy_after[first - 1]
-    seconds = end.ended - begin.ended
-    means = _means([step.metrics for step in measured[first : first + steps]])
-    tokens = (means["tokens/primary"] + means["tokens/continuations"]) * cluster.parts
-    dropped = end.metrics["groups/dropped"] - begin.metrics["groups/dropped"]
-    return Forecast(
-        split=split,
-        step_seconds=seconds / steps,
-        tokens_per_step=tokens,
-        rollout_idle=1 - busy / (part * seconds),
-        rollout_efficiency=tokens * steps / (cluster.best_rate * split.actors * seconds),
-        learner_idle=1 - means["timing/train"] * steps / seconds,
-        sync_share=means["timing/weight_sync"] * steps / seconds,
-        driver_share=rates.driver_seconds_per_group * training.prompts_per_step * steps / seconds,
-        dropped=dropped * cluster.parts / steps,
-        staleness=means["staleness/mean"],
-        parts=cluster.parts,
+    staleness, batch = config.training.max_staleness, config.training.prompts_per_step
+    part = max(1, min(split.actors, split.actors * most_groups // batch))
+    groups = max(1, round(batch * part / split.actors))
+    warm = staleness + 1
+    cluster = _Cluster(
+        _planned(config, split, groups, steps=warm + steps + staleness), rates, part, parts=batch / groups
     )
+    measured = cluster.simulate(in_real_time)
+    return cluster.average(split, measured, warm, warm + steps)
 
 
 class _Cluster:
     """Pretended actors and a pretended learner, for one run."""
 
     def __init__(self, config: RunConfig, rates: Rates, actors: int, *, parts: float) -> None:
+        """A part with `actors` of the planned run's actors, which has `parts` of them."""
         self._config = config
         self._rates = rates
         self._draws = Draws(config, rates)
@@ -124,22 +108,43 @@ class _Cluster:
         # No more groups are ever in flight: further actors would have nothing to do.
         self._employed = min(actors, (config.training.max_staleness + 1) * config.training.prompts_per_step)
         self._actors: list[PlannedActor] = []
+        self._simulated = actors
         self.parts = parts
-        self.busy_after: list[float] = []
+        self._busy_after: list[float] = []
         """Seconds in which engines sampled, summed over them, by the end of each step."""
 
-    @property
-    def best_rate(self) -> float:
-        """Tokens per second of an engine with a full batch."""
-        return self._actors[0].engine.best_rate
-
     def simulate(self, in_real_time: bool) -> Sequence[SimulatedStep]:
+        """All steps."""
         pool = ActorPool(self._make, self._employed, limits=_limits(self._config))
         learner = PlannedLearner(self._config, self._rates, self.parts)
         most_seconds = _MOST_SECONDS_A_STEP * self._config.training.steps
         with tempfile.TemporaryDirectory() as folder:
             run = lead(self._config, pool, learner, Path(folder) / "run", on_step=self._mark)
             return asyncio.run(run) if in_real_time else run_in_virtual_time(run, most_seconds=most_seconds)
+
+    def average(self, split: Split, measured: Sequence[SimulatedStep], begin: int, end: int) -> Forecast:
+        """Of the steps after number `begin`, to number `end`."""
+        first, last, steps = measured[begin - 1], measured[end - 1], end - begin
+        seconds = last.ended - first.ended
+        means = _means([step.metrics for step in measured[begin:end]])
+        tokens = (means["tokens/primary"] + means["tokens/continuations"]) * self.parts
+        busy = (self._busy_after[end - 1] - self._busy_after[begin - 1]) / self._simulated
+        groups = self._config.training.prompts_per_step * self.parts
+        dropped = last.metrics["groups/dropped"] - first.metrics["groups/dropped"]
+        best_rate = self._actors[0].engine.best_rate
+        return Forecast(
+            split=split,
+            step_seconds=seconds / steps,
+            tokens_per_step=tokens,
+            rollout_idle=1 - busy / seconds,
+            rollout_efficiency=tokens * steps / (best_rate * split.actors * seconds),
+            learner_idle=1 - means["timing/train"] * steps / seconds,
+            sync_share=means["timing/weight_sync"] * steps / seconds,
+            driver_share=self._rates.driver_seconds_per_group * groups * steps / seconds,
+            dropped=dropped * self.parts / steps,
+            staleness=means.get("staleness/mean", 0.0),  # where every group was decided and dropped nothing has one
+            parts=self.parts,
+        )
 
     def _make(self, index: int) -> PlannedActor:
         actor = PlannedActor(index, self._config, self._rates, self._draws, self._sync_seconds)
@@ -149,7 +154,7 @@ class _Cluster:
     def _mark(self, step: int) -> None:
         for actor in self._actors:
             actor.engine.look()
-        self.busy_after.append(sum(actor.engine.busy_seconds for actor in self._actors))
+        self._busy_after.append(sum(actor.engine.busy_seconds for actor in self._actors))
 
 
 def _planned(config: RunConfig, split: Split, prompts: int, *, steps: int) -> RunConfig:
