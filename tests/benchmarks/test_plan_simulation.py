@@ -104,3 +104,29 @@ def test_ranks_share_the_tokens_and_a_part_of_the_cluster_stands_for_the_whole()
 def test_actors_that_can_never_have_a_group_are_idle():
     found = forecast(recipe(), rates_of(), Split(actors=16, ranks=1))
     assert found.rollout_idle == pytest.approx(1 - 0.5 * SAMPLING / found.step_seconds)
+
+
+def test_an_engine_goes_on_under_new_weights_or_is_drained_first():
+    """Half of the batch is long: with `wait` nothing else begins until it is done."""
+    lengths = {"measured": [20, 100], "prompt": 0}
+    stale = {"training": {"max_staleness": 1}, "rollout": {"max_sequences": 16}}
+    kept = forecast(recipe(**stale), rates_of(lengths=lengths), ONE)
+    drained = forecast(recipe(**stale, weights={"running": "wait"}), rates_of(lengths=lengths), ONE)
+    assert drained.step_seconds > kept.step_seconds
+    assert (kept.sync_share, drained.sync_share) == (0, pytest.approx(0.04))
+
+
+def test_k_continuations_begin_as_soon_as_their_completion_is_there():
+    fixed = recipe(values={"kind": "fixed"}, advantage={"kind": "vineppo"}, rollout={"max_sequences": 256})
+    one = {"per_completion": 1, "tokens_ratio": 0.2}
+    lengths = {"measured": [100, 10], "prompt": 0, "cv": 0}
+    found = forecast(fixed, rates_of(continuations=one, lengths=lengths, reward_seconds=1.0), ONE)
+    training = found.tokens_per_step / 1.2 / 1000
+    assert found.step_seconds == pytest.approx(120 * STEP + 1.0 + training, rel=0.02)
+
+
+def test_decided_groups_that_are_refilled_cost_sampling():
+    refilled = recipe(training={"decided_groups": "refill"})
+    found = forecast(refilled, rates_of(decided_share=0.5), ONE)
+    assert found.dropped > 2
+    assert found.tokens_per_step == pytest.approx((8 + found.dropped) * 4 * 100)
