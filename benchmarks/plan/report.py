@@ -55,6 +55,8 @@ def remarks(plan: Plan) -> list[str]:
         )
     if best.dropped:
         said.append(f"{best.dropped:.1f} groups a step are dropped, too old or decided")
+    for ranks, why in sorted(plan.failures.items()):
+        said.append(f"with {ranks} learner ranks the run would end: {why}")
     if best.parts > 1:
         said.append(
             f"simulated: one of {best.parts:.3g} equal parts of the rollout actors, with its share of the batch"

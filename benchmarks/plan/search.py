@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.plan.rates import Rates
 from benchmarks.plan.room import Room
 from benchmarks.plan.simulation import Forecast, Split, forecast
 from ray_rl.config import RunConfig
-from ray_rl.errors import ConfigError
+from ray_rl.errors import ConfigError, RunError
 
 _SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 15 / 16)
 """Of the most ranks there can be: where the search looks first."""
@@ -27,6 +28,8 @@ class Plan:
     config: RunConfig
     forecasts: Sequence[Forecast]
     """The shortest step first."""
+    failures: Mapping[int, str]
+    """Ranks -> why a run with so many would not go on."""
 
     @property
     def best(self) -> Forecast:
@@ -60,6 +63,7 @@ def search(
 
     Raises:
         ConfigError: there is no room, or the rates were measured with another tensor parallelism.
+        RunError: with no split the run would go on.
     """
     most = min(room.most_ranks, config.minibatch_size)
     if most < 1:
@@ -72,18 +76,24 @@ def search(
             f"{config.rollout.tensor_parallel}; give rates of such an engine"
         )
     found: dict[int, Forecast] = {}
+    failures: dict[int, str] = {}
 
     def seconds(ranks: int) -> float:
-        if ranks not in found:
+        if ranks not in found and ranks not in failures:
             split = Split(actors=room.most_actors(ranks), ranks=ranks)
-            found[ranks] = forecast(config, rates, split, steps=steps, most_groups=most_groups)
-            tried(found[ranks])
-        return found[ranks].step_seconds
+            try:
+                found[ranks] = forecast(config, rates, split, steps=steps, most_groups=most_groups)
+                tried(found[ranks])
+            except RunError as error:
+                failures[ranks] = str(error)
+        return found[ranks].step_seconds if ranks in found else math.inf
 
     first = range(1, most + 1) if most <= _ALL else sorted({max(1, round(share * most)) for share in _SHARES})
     refine(list(first), seconds, max(1, most // _FINENESS))
+    if not found:
+        raise RunError(f"with no split the run would go on; with {min(failures)} ranks: {failures[min(failures)]}")
     in_order = sorted(found.values(), key=lambda one: (float(f"{one.step_seconds:.4g}"), one.split.ranks))
-    return Plan(room=room, config=config, forecasts=in_order)
+    return Plan(room=room, config=config, forecasts=in_order, failures=failures)
 
 
 def refine(tried: list[int], value: Callable[[int], float], distance: int) -> int:

@@ -115,7 +115,7 @@ class _Cluster:
 
     def simulate(self, in_real_time: bool) -> Sequence[SimulatedStep]:
         """All steps."""
-        pool = ActorPool(self._make, self._employed, limits=_limits(self._config))
+        pool = ActorPool(self._make, self._employed, limits=_limits(self._config), warn=lambda text: None)
         learner = PlannedLearner(self._config, self._rates, self.parts)
         most_seconds = _MOST_SECONDS_A_STEP * self._config.training.steps
         with tempfile.TemporaryDirectory() as folder:

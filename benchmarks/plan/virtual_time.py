@@ -16,6 +16,8 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from typing import Any, TypeVar, TypeVarTuple
 
+from ray_rl.errors import RunError
+
 T = TypeVar("T")
 V = TypeVar("V")
 Ts = TypeVarTuple("Ts")
@@ -28,7 +30,7 @@ class Deadlock(RuntimeError):
     """Nothing can happen any more: no task is ready, and none waits for a moment in time."""
 
 
-class TooLong(RuntimeError):
+class TooLong(RunError):
     """The clock has passed the end that was set."""
 
 
@@ -65,7 +67,7 @@ class _Clock:
         self.now += seconds
         if self.now > self._most_seconds:
             self._most_seconds = float("inf")  # its tasks still have to be ended
-            raise TooLong(f"it is not done after {self.now:g} s of virtual time")
+            raise TooLong(f"not done after {self.now:.0f} s of simulated time; the rates make it take too long")
 
 
 @contextmanager

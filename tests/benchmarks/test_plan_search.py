@@ -13,7 +13,7 @@ from benchmarks.plan.search import refine, scaled_batch, search
 from ray_rl.config import load_config
 from ray_rl.config.bundle import Bundle
 from ray_rl.config.cluster_shape import ClusterShape, load_shape
-from ray_rl.errors import ConfigError
+from ray_rl.errors import ConfigError, RunError
 from tests.benchmarks.test_plan_simulation import rates_of, recipe
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "benchmarks" / "plan"
@@ -135,3 +135,16 @@ def test_the_command_prints_a_plan_and_writes_it(tmp_path):
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: plan: no rates; give --from RUN")
+
+
+def test_a_split_whose_run_would_end_is_left_out_and_said():
+    """With one actor a group takes longer than it may."""
+    config = recipe(**GPU_RECIPE | {"rollout": GPU_RECIPE["rollout"] | {"group_timeout": 140.0}})
+    room = Room.of(config, shape_of(node(gpus=3)))
+    plan = search(config, rates_of(engine=EVEN | {"tokens_per_second": {1: 80}}), room)
+    assert [one.split.actors for one in plan.forecasts] == [2]
+    assert any(
+        remark.startswith("with 2 learner ranks the run would end: 3 prompts failed") for remark in remarks(plan)
+    )
+    with pytest.raises(RunError, match="with no split the run would go on; with 1 ranks: 3 prompts failed"):
+        search(config, rates_of(engine=EVEN | {"tokens_per_second": {1: 1}}), room)
