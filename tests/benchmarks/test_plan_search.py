@@ -139,7 +139,8 @@ def test_the_command_prints_a_plan_and_writes_it(tmp_path):
 
 def test_a_split_whose_run_would_end_is_left_out_and_said():
     """With one actor a group takes longer than it may."""
-    config = recipe(**GPU_RECIPE | {"rollout": GPU_RECIPE["rollout"] | {"group_timeout": 140.0}})
+    impatient = {"rollout": GPU_RECIPE["rollout"] | {"group_timeout": 100.0}, "training": {"prompts_per_step": 24}}
+    config = recipe(**GPU_RECIPE | impatient)
     room = Room.of(config, shape_of(node(gpus=3)))
     plan = search(config, rates_of(engine=EVEN | {"tokens_per_second": {1: 80}}), room)
     assert [one.split.actors for one in plan.forecasts] == [2]
