@@ -15,6 +15,7 @@ from benchmarks.gradient import GRADIENT
 from benchmarks.learn.case import LEARN
 from benchmarks.learner import LEARNER
 from benchmarks.overlap import OVERLAP
+from benchmarks.plan.case import PLAN
 from benchmarks.rollout import ROLLOUT
 from benchmarks.scale import SCALE
 from benchmarks.step import STEP
@@ -25,7 +26,21 @@ from benchmarks.weights import WEIGHTS
 
 CASES: dict[str, Case] = {
     case.name: case
-    for case in (ROLLOUT, LEARNER, WEIGHTS, OVERLAP, SCALE, CHAOS, STEP, VERSUS_TRL, VALUES, GRADIENT, LEARN, GPU_CHECK)
+    for case in (
+        ROLLOUT,
+        LEARNER,
+        WEIGHTS,
+        OVERLAP,
+        SCALE,
+        PLAN,
+        CHAOS,
+        STEP,
+        VERSUS_TRL,
+        VALUES,
+        GRADIENT,
+        LEARN,
+        GPU_CHECK,
+    )
 }
 
 _EPILOG = "Cases: " + "; ".join(f"{case.name} ({case.about})" for case in CASES.values())

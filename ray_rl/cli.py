@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -260,15 +261,26 @@ def recipes() -> None:
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False)
 def bench(context: typer.Context) -> None:
     """Run the benchmark suite: bench [CASE ...] [--json FILE]; bench --help lists the cases."""
+    raise typer.Exit(_run_program("bench", "benchmarks", context.args))
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False)
+def plan(context: typer.Context) -> None:
+    """Simulate a recipe on a cluster from measured rates: plan RECIPE [KEY=VALUE ...] --cluster SHAPE; plan --help says more."""
+    raise typer.Exit(_run_program("plan", "benchmarks.plan", context.args))
+
+
+def _run_program(command: str, module: str, arguments: Sequence[str]) -> int:
+    """Run one of the programs in benchmarks/ in the foreground; its exit code."""
     root = Path(__file__).resolve().parent.parent
-    if not (root / "benchmarks" / "__main__.py").is_file():
+    if not (root / module.replace(".", "/") / "__main__.py").is_file():
         raise ConfigError(
-            f"bench: the suite lies in the repository's benchmarks/, which is not in {root}; use a checkout"
+            f"{command}: its program lies in the repository's benchmarks/, which is not in {root}; use a checkout"
         )
     # Found by the import path and not by the working folder, to which `--json FILE` is relative.
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "benchmarks", *context.args]
-    raise typer.Exit(subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode)
+    program = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(program, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
 
 
 def main() -> None:

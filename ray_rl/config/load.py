@@ -90,8 +90,8 @@ def resolve_config(data: Mapping[str, Any], overrides: Sequence[str] = (), *, el
     """
     merged = dict(data)
     for override in overrides:
-        path, value = _parse_override(override)
-        merged = _set(merged, path, value)
+        path, value = parse_override(override)
+        merged = with_value(merged, path, value)
     if isinstance(merged.get("task"), str):
         merged["task"] = task_from_text(merged["task"])
     check_plain(merged)
@@ -156,7 +156,12 @@ def task_from_text(text: str) -> dict[str, Any]:
     return {"kind": "dataset", "path": head, **options}
 
 
-def _parse_override(override: str) -> tuple[list[str], Any]:
+def parse_override(override: str) -> tuple[list[str], Any]:
+    """The path and the value of `section.key=value`.
+
+    Raises:
+        ConfigError: it has another form, or its value is not YAML.
+    """
     path, equals, value = override.partition("=")
     keys = path.split(".")
     if not equals or not path.isprintable() or not all(keys) or len(keys) > _DEEPEST_PATH:
@@ -164,7 +169,7 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
     return keys, parse_yaml(value, f"{path}: {shown(value)} is")
 
 
-def _set(data: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+def with_value(data: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
     """A copy of data with one value set; a changed `kind` clears the keys of the old kind."""
     key, rest = path[0], path[1:]
     result = dict(data)
@@ -176,7 +181,7 @@ def _set(data: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, 
     inner = data.get(key)
     if key == "task" and isinstance(inner, str):
         inner = task_from_text(inner)
-    result[key] = _set(inner if isinstance(inner, Mapping) else {}, rest, value)
+    result[key] = with_value(inner if isinstance(inner, Mapping) else {}, rest, value)
     return result
 
 
