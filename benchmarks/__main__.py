@@ -16,6 +16,7 @@ from benchmarks.learner import LEARNER
 from benchmarks.overlap import OVERLAP
 from benchmarks.rollout import ROLLOUT
 from benchmarks.scale import SCALE
+from benchmarks.startup import STARTUP
 from benchmarks.step import STEP
 from benchmarks.suite import Case, Options, machine, show, to_json
 from benchmarks.values.case import VALUES
@@ -24,7 +25,7 @@ from benchmarks.weights import WEIGHTS
 
 CASES: dict[str, Case] = {
     case.name: case
-    for case in (ROLLOUT, LEARNER, WEIGHTS, OVERLAP, SCALE, CHAOS, STEP, VERSUS_TRL, VALUES, GRADIENT, LEARN)
+    for case in (ROLLOUT, LEARNER, WEIGHTS, OVERLAP, SCALE, CHAOS, STARTUP, STEP, VERSUS_TRL, VALUES, GRADIENT, LEARN)
 }
 
 _EPILOG = "Cases: " + "; ".join(f"{case.name} ({case.about})" for case in CASES.values())

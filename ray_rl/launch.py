@@ -45,6 +45,7 @@ from ray_rl.recorder import GroupRecorder
 from ray_rl.run_report import RunReport
 from ray_rl.run_state import RunFolder, RunState
 from ray_rl.sinks import logged_metrics, make_sink
+from ray_rl.startup import Startup
 from ray_rl.tasks import make_task
 from ray_rl.tokenizer import TokenizerCodec, load_tokenizer
 from ray_rl.watchdog import Watchdog
@@ -60,14 +61,17 @@ def train(config: RunConfig, folder: RunFolder, start: RunState) -> RunReport:
         RunStopped: the run cannot go on sensibly.
     """
     progress = ConsoleProgress(config.training.steps, start.step)
-    report = RunReport(name=config.name, folder=str(folder.path))
+    startup = Startup()
+    report = RunReport(name=config.name, folder=str(folder.path), startup=startup.metrics)
     with MemoryWatch() as memory, progress:
         progress.phase("reading model and data")
         evaluation = config.evaluation
         prepared = Prepared(config, evaluates=bool(evaluation.at_start or evaluation.at_end or evaluation.every))
+        startup.reached("prepared")
         folder.write_config(config)  # a resumed run's may have changed
         with ray_session(config):
-            run_to_end(_train(config, folder, start, prepared, progress, report))
+            startup.reached("ray")
+            run_to_end(_train(config, folder, start, prepared, progress, report, startup))
         report.peak_bytes = memory.peak_bytes
     report.next_steps = _next_steps(report)
     with writing(folder.path / "report.json"):
@@ -135,10 +139,11 @@ async def _train(
     prepared: Prepared,
     progress: ConsoleProgress,
     report: RunReport,
+    startup: Startup,
 ) -> None:
     progress.phase("starting engines and learner")
     run_id = uuid.uuid4().hex[:12]
-    async with _actors(config, run_id, warn=progress.warn, step=start.step) as actors:
+    async with _actors(config, run_id, startup, warn=progress.warn, step=start.step) as actors:
         learner = actors.learner
         assert learner is not None
         if start.step:
@@ -158,7 +163,7 @@ async def _train(
             evaluation_prompts=prepared.evaluation_prompts,
             folder=folder,
             ledger=ledger,
-            journal=Journal(config, sink=sink, recorder=recorder, progress=progress, report=report),
+            journal=Journal(config, sink=sink, recorder=recorder, progress=progress, report=report, startup=startup),
             moved=watchdog.moved,
         )
 
@@ -181,7 +186,7 @@ async def _train(
 
 async def _evaluate(config: RunConfig, prepared: Prepared, progress: ConsoleProgress) -> dict[str, float]:
     progress.phase("starting engines")
-    async with _actors(config, uuid.uuid4().hex[:12], warn=progress.warn, with_learner=False) as actors:
+    async with _actors(config, uuid.uuid4().hex[:12], Startup(), warn=progress.warn, with_learner=False) as actors:
         progress.phase(f"evaluating on {len(prepared.evaluation_prompts)} held-out problems")
         return await evaluate(actors.pool, prepared.evaluation_prompts, config.evaluation)
 
@@ -201,7 +206,13 @@ class _Actors:
 
 @asynccontextmanager
 async def _actors(
-    config: RunConfig, run_id: str, *, warn: Callable[[str], None], with_learner: bool = True, step: int = 0
+    config: RunConfig,
+    run_id: str,
+    startup: Startup,
+    *,
+    warn: Callable[[str], None],
+    with_learner: bool = True,
+    step: int = 0,
 ) -> AsyncIterator[_Actors]:
     """All actors of a run, started side by side; ended together, whatever happens."""
     model, rollout = model_source(config), config.rollout
@@ -226,10 +237,12 @@ async def _actors(
         # Beside the start of the actors: it is their requests that an autoscaler answers.
         async with asyncio.TaskGroup() as starting:
             starting.create_task(wait_for_place(demand, cluster_nodes, placement_seconds(config)))
-            starting.create_task(pool.start())
-            starting.create_task(start_reward_actors(reward_actors, rollout.start_timeout))
+            starting.create_task(startup.reached_by(pool.start(), "engines"))
+            graders = start_reward_actors(reward_actors, rollout.start_timeout)
+            starting.create_task(startup.reached_by(graders, "reward_actors"))
             if with_learner:
-                ranks = starting.create_task(LearnerGroup.start(config, model, run_id, may_grow=not is_own_ray(config)))
+                group = LearnerGroup.start(config, model, run_id, may_grow=not is_own_ray(config))
+                ranks = starting.create_task(startup.reached_by(group, "learner"))
         learner = ranks.result() if with_learner else None
         yield _Actors(pool=pool, learner=learner)
     finally:
