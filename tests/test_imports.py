@@ -16,6 +16,7 @@ KERNEL = (
     "ray_rl.config",
     "ray_rl.tasks",
     "ray_rl.tokenizer",
+    "ray_rl.tokenizer_files",
     "ray_rl.weight_file",
     "ray_rl.weight_manifest",
     "ray_rl.deadlines",
