@@ -27,7 +27,7 @@ from learner.group import LearnerGroup
 from ray_rl.config import RunConfig
 from ray_rl.config.reward import PythonRewardConfig
 from ray_rl.control import ControlServer, scale_pool
-from ray_rl.deadlines import DeadlineExceeded, wait
+from ray_rl.deadlines import DeadlineExceeded, in_daemon, result, wait
 from ray_rl.embedded import policy_path
 from ray_rl.errors import writing
 from ray_rl.evaluation import evaluate
@@ -51,6 +51,8 @@ from ray_rl.tokenizer import TokenizerCodec, load_tokenizer
 from ray_rl.watchdog import Watchdog
 from ray_rl.weight_file import sweep
 
+_READING_SECONDS = 24 * 3600.0
+
 
 def train(config: RunConfig, folder: RunFolder, start: RunState) -> RunReport:
     """Train from a state to the end, in a Ray of the run's own or in the cluster of `ray.address`.
@@ -66,11 +68,9 @@ def train(config: RunConfig, folder: RunFolder, start: RunState) -> RunReport:
     with MemoryWatch() as memory, progress:
         progress.phase("reading model and data")
         evaluation = config.evaluation
-        prepared = Prepared(config, evaluates=bool(evaluation.at_start or evaluation.at_end or evaluation.every))
-        startup.reached("prepared")
-        folder.write_config(config)  # a resumed run's may have changed
-        with ray_session(config):
-            startup.reached("ray")
+        evaluates = bool(evaluation.at_start or evaluation.at_end or evaluation.every)
+        with _prepared_in_ray(config, startup, evaluates=evaluates) as prepared:
+            folder.write_config(config)  # a resumed run's may have changed
             run_to_end(_train(config, folder, start, prepared, progress, report, startup))
         report.peak_bytes = memory.peak_bytes
     report.next_steps = _next_steps(report)
@@ -89,8 +89,7 @@ def evaluate_policy(config: RunConfig) -> dict[str, float]:
     """
     with ConsoleProgress(config.training.steps) as progress:
         progress.phase("reading model and data")
-        prepared = Prepared(config)
-        with ray_session(config):
+        with _prepared_in_ray(config, Startup()) as prepared:
             return run_to_end(_evaluate(config, prepared, progress))
 
 
@@ -122,6 +121,22 @@ class Prepared:
         held_out = task.problems("eval") if evaluates else ()
         count = min(len(held_out), config.evaluation.problems)
         self.evaluation_prompts = [encode(held_out[index], position=-1) for index in range(count)]
+
+
+@contextmanager
+def _prepared_in_ray(config: RunConfig, startup: Startup, *, evaluates: bool = True) -> Iterator[Prepared]:
+    """Read model and data while Ray, which mostly waits, comes up. Raises as `Prepared` and `ray_session` do."""
+
+    def read() -> Prepared:
+        prepared = Prepared(config, evaluates=evaluates)
+        startup.reached("prepared")
+        return prepared
+
+    what = "model and data to be read"
+    reading = in_daemon(read, what)
+    with ray_session(config):  # in this thread, with whose end the system would kill Ray's processes
+        startup.reached("ray")
+        yield result(reading, _READING_SECONDS, what=what, causes="a large download")
 
 
 def model_source(config: RunConfig) -> str:

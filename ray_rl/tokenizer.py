@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray_rl.errors import ConfigError
+from ray_rl.garbage import uncollected
 from ray_rl.tokenizer_files import read_generation_eos, read_tokenizer
 from ray_rl.wording import one_line
 
@@ -36,7 +37,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, revision: str | N
     if os.path.isdir(path) and not any(os.path.isfile(os.path.join(path, name)) for name in _TOKENIZER_FILES):
         raise ConfigError(f"model.path: {path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}); copy it there")
     try:
-        tokenizer = read_tokenizer(path, trust_remote_code=trust_remote_code, revision=revision)
+        with uncollected():
+            tokenizer = read_tokenizer(path, trust_remote_code=trust_remote_code, revision=revision)
         if not tokenizer.is_fast:
             raise ValueError("it has no fast tokenizer (tokenizer.json), which token offsets need")
         return TokenizerCodec(tokenizer, generation_eos=read_generation_eos(path, revision))

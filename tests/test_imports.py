@@ -21,6 +21,7 @@ KERNEL = (
     "ray_rl.weight_manifest",
     "ray_rl.deadlines",
     "ray_rl.errors",
+    "ray_rl.garbage",
     "ray_rl.stacks",
     "ray_rl.wording",
     "ray_rl.metrics",
