@@ -56,7 +56,7 @@ def engine_args(config: RunConfig, model_path: str, seed: int) -> dict[str, Any]
 
 
 def engine_environment(config: RunConfig) -> dict[str, str]:
-    """Environment variables that must be set in the engine's parent before it imports vllm (its children inherit them)."""
+    """Environment variables that the engine's parent must have before it imports torch or vllm; its children inherit them."""
     common = {
         # Its warnings are about choices that are made on purpose here; the user's own setting wins.
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
@@ -79,7 +79,7 @@ def engine_environment(config: RunConfig) -> dict[str, str]:
 
 
 def prepare_environment(config: RunConfig) -> None:
-    """Make this process ready to import vllm and to start an engine whose processes die with it."""
+    """Make this process ready to import torch and vllm and to start an engine whose processes die with it."""
     os.environ.update(engine_environment(config))
     # Where the user's shell sets it, it would override kv_cache_memory_bytes; no value of it means "unset".
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)

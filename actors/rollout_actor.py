@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from actors.engine import Engine, NcclVerb
+from actors.engine_args import prepare_environment
 from actors.pool_member import WeightsGone
 from actors.reward_actor import make_scorer
 from actors.rollout import Rollout, summarize
@@ -36,6 +37,8 @@ class RolloutActor:
     def __init__(
         self, config: RunConfig, model_path: str, run_id: str, seed: int, reward_actors: Sequence[Any]
     ) -> None:
+        # Before anything imports torch or vllm. Handed to Ray it would cost a second, in which Ray's agent for that comes up.
+        prepare_environment(config)
         self._config = config
         self._model_path = model_path
         self._seed = seed

@@ -21,7 +21,6 @@ from ray.exceptions import (
 )
 
 from actors.engine import EngineDied
-from actors.engine_args import engine_environment
 from actors.pool_member import ActorDied, in_a_line
 from actors.rollout_actor import STACKS_GROUP, RolloutActor
 from ray_rl.config import RunConfig
@@ -137,7 +136,6 @@ def create_rollout_client(
             max_restarts=0,
             # Groups, answers to evaluation prompts, and room for what must not wait behind them.
             max_concurrency=100 + 8 * rollout.most_groups,
-            runtime_env={"env_vars": engine_environment(config)},
         )
         .remote(config, model_path, run_id, _engine_seed(config.seed, step, index), reward_actors)
     )
