@@ -18,6 +18,7 @@ from actors.occupancy import Occupancy
 from ray_rl.config import RunConfig
 from ray_rl.deadlines import wait
 from ray_rl.errors import RunError
+from ray_rl.garbage import uncollected
 from ray_rl.types import Completion
 from ray_rl.weight_manifest import Probe, WeightManifest, WeightTransferError
 
@@ -330,8 +331,9 @@ class Engine:
 
 
 def _load(args: dict[str, Any]) -> AsyncLLM:
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
+    with uncollected():
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
 
     try:
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))

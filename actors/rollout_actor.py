@@ -13,13 +13,13 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from actors.engine import Engine, NcclVerb
-from actors.engine_args import probe_tolerance
+from actors.engine_args import prepare_environment, probe_tolerance
 from actors.pool_member import WeightsGone
 from actors.reward_actor import make_scorer
 from actors.rollout import Rollout, summarize
 from ray_rl.config import RunConfig
 from ray_rl.deadlines import in_thread, result, wait
-from ray_rl.run_logs import keep_log
+from ray_rl.run_logs import begin_log
 from ray_rl.stacks import stacks
 from ray_rl.tokenizer import load_tokenizer
 from ray_rl.types import GroupSummary, Prompt, ScoredSample, TrajectoryGroup
@@ -36,9 +36,17 @@ class RolloutActor:
     """One engine, its rollouts, and the receiving end of weight publications."""
 
     def __init__(
-        self, config: RunConfig, model_path: str, run_id: str, seed: int, reward_actors: Sequence[Any]
+        self,
+        config: RunConfig,
+        model_path: str,
+        run_id: str,
+        seed: int,
+        reward_actors: Sequence[Any],
+        log: Path | None = None,
     ) -> None:
-        keep_log()
+        # Before anything imports torch or vllm. Handed to Ray it would cost a second, in which Ray's agent for that comes up.
+        prepare_environment(config)
+        begin_log(log)
         self._config = config
         self._model_path = model_path
         self._seed = seed

@@ -22,14 +22,13 @@ from ray.exceptions import (
 )
 
 from actors.engine import EngineDied
-from actors.engine_args import engine_environment
 from actors.pool_member import ActorDied, in_a_line
 from actors.rollout_actor import STACKS_GROUP, RolloutActor
 from ray_rl.config import RunConfig
 from ray_rl.deadlines import DeadlineExceeded, wait
 from ray_rl.errors import RunError, first_error
 from ray_rl.protocols import CollectedGroup, PublishedWeights, Receiver
-from ray_rl.run_logs import log_environment
+from ray_rl.run_logs import log_file
 from ray_rl.types import Prompt, ScoredSample
 from ray_rl.weight_manifest import Probe
 
@@ -130,6 +129,7 @@ def create_rollout_client(
     # Ray prints the error of each answer that nobody fetched; of a group that failed here the summary's is enough.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     rollout = config.rollout
+    log = log_file(logs, f"rollout-{index}")
     handle = (
         ray.remote(concurrency_groups={STACKS_GROUP: 1})(kind)
         .options(
@@ -142,9 +142,8 @@ def create_rollout_client(
             max_restarts=0,
             # Groups, answers to evaluation prompts, and room for what must not wait behind them.
             max_concurrency=100 + 8 * rollout.most_groups,
-            runtime_env={"env_vars": engine_environment(config) | log_environment(logs, f"rollout-{index}")},
         )
-        .remote(config, model_path, run_id, _engine_seed(config.seed, step, index), reward_actors)
+        .remote(config, model_path, run_id, _engine_seed(config.seed, step, index), reward_actors, log)
     )
     return RayRolloutClient(handle, f"rollout actor {index}")
 

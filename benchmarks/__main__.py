@@ -18,6 +18,7 @@ from benchmarks.overlap import OVERLAP
 from benchmarks.plan.case import PLAN
 from benchmarks.rollout import ROLLOUT
 from benchmarks.scale import SCALE
+from benchmarks.startup import STARTUP
 from benchmarks.step import STEP
 from benchmarks.suite import Case, Options, machine, show, to_json
 from benchmarks.values.case import VALUES
@@ -34,6 +35,7 @@ CASES: dict[str, Case] = {
         SCALE,
         PLAN,
         CHAOS,
+        STARTUP,
         STEP,
         VERSUS_TRL,
         VALUES,

@@ -27,6 +27,7 @@ from learner.samples import whiten
 from learner.step_statistics import MicrobatchOutcome, StepStatistics, batch_metrics
 from ray_rl.config.run import RunConfig
 from ray_rl.errors import RunError
+from ray_rl.garbage import uncollected
 from ray_rl.types import Microbatch, TrainingSample
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ class LearnerEngine:
         self.config = config
         self.device = choose_device(config.learner)
         meet(self.device, rank, world_size, config.learner.step_timeout, store)
-        policy = load_model(config.model, model_path)
+        with uncollected():  # it imports much of transformers
+            policy = load_model(config.model, model_path)
         if config.learner.lora is not None:
             add_adapters(policy, config.learner.lora)
         self._shares = config.shares_prefixes and sharing_is_exact(policy)

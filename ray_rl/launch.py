@@ -28,7 +28,7 @@ from learner.group import LearnerGroup
 from ray_rl.config import RunConfig
 from ray_rl.config.reward import PythonRewardConfig
 from ray_rl.control import ControlServer, scale_pool
-from ray_rl.deadlines import DeadlineExceeded, wait
+from ray_rl.deadlines import DeadlineExceeded, in_daemon, result, wait
 from ray_rl.embedded import policy_path
 from ray_rl.errors import writing
 from ray_rl.evaluation import evaluate
@@ -48,11 +48,14 @@ from ray_rl.run_logs import driver_log
 from ray_rl.run_report import REPORT_FILE, RunReport
 from ray_rl.run_state import RunFolder, RunState
 from ray_rl.sinks import ManySinks, logged_metrics, make_sink
+from ray_rl.startup import Startup
 from ray_rl.tasks import make_task
 from ray_rl.tokenizer import TokenizerCodec, load_tokenizer
 from ray_rl.trackers import Trackers
 from ray_rl.watchdog import Watchdog
 from ray_rl.weight_file import sweep
+
+_READING_SECONDS = 24 * 3600.0
 
 
 def train(config: RunConfig, folder: RunFolder, start: RunState) -> RunReport:
@@ -63,7 +66,8 @@ def train(config: RunConfig, folder: RunFolder, start: RunState) -> RunReport:
         PlacementError: the cluster lacks resources.
         RunStopped: the run cannot go on sensibly.
     """
-    report = RunReport(name=config.name, folder=str(folder.path))
+    startup = Startup()
+    report = RunReport(name=config.name, folder=str(folder.path), startup=startup.metrics)
     with (
         driver_log(folder.logs) as log,
         MemoryWatch() as memory,
@@ -71,10 +75,10 @@ def train(config: RunConfig, folder: RunFolder, start: RunState) -> RunReport:
     ):
         progress.phase("reading model and data")
         evaluation = config.evaluation
-        prepared = Prepared(config, evaluates=bool(evaluation.at_start or evaluation.at_end or evaluation.every))
-        folder.write_config(config)  # a resumed run's may have changed
-        with ray_session(config):
-            run_to_end(_train(config, folder, start, prepared, progress, report))
+        evaluates = bool(evaluation.at_start or evaluation.at_end or evaluation.every)
+        with _prepared_in_ray(config, startup, evaluates=evaluates) as prepared:
+            folder.write_config(config)  # a resumed run's may have changed
+            run_to_end(_train(config, folder, start, prepared, progress, report, startup))
         report.peak_bytes = memory.peak_bytes
     report.next_steps = _next_steps(report)
     with writing(folder.path / REPORT_FILE):
@@ -92,8 +96,7 @@ def evaluate_policy(config: RunConfig) -> dict[str, float]:
     """
     with ConsoleProgress(config.training.steps) as progress:
         progress.phase("reading model and data")
-        prepared = Prepared(config)
-        with ray_session(config):
+        with _prepared_in_ray(config, Startup()) as prepared:
             return run_to_end(_evaluate(config, prepared, progress))
 
 
@@ -127,6 +130,22 @@ class Prepared:
         self.evaluation_prompts = [encode(held_out[index], position=-1) for index in range(count)]
 
 
+@contextmanager
+def _prepared_in_ray(config: RunConfig, startup: Startup, *, evaluates: bool = True) -> Iterator[Prepared]:
+    """Read model and data while Ray, which mostly waits, comes up. Raises as `Prepared` and `ray_session` do."""
+
+    def read() -> Prepared:
+        prepared = Prepared(config, evaluates=evaluates)
+        startup.reached("prepared")
+        return prepared
+
+    what = "model and data to be read"
+    reading = in_daemon(read, what)
+    with ray_session(config):  # in this thread, with whose end the system would kill Ray's processes
+        startup.reached("ray")
+        yield result(reading, _READING_SECONDS, what=what, causes="a large download")
+
+
 def model_source(config: RunConfig) -> str:
     """What transformers and vLLM load: a folder, or a Hugging Face name."""
     if config.model.path == "embedded":
@@ -142,10 +161,11 @@ async def _train(
     prepared: Prepared,
     progress: ConsoleProgress,
     report: RunReport,
+    startup: Startup,
 ) -> None:
     progress.phase("starting engines and learner")
     run_id = uuid.uuid4().hex[:12]
-    async with _actors(config, run_id, warn=progress.warn, step=start.step, logs=folder.logs) as actors:
+    async with _actors(config, run_id, startup, warn=progress.warn, step=start.step, logs=folder.logs) as actors:
         learner = actors.learner
         assert learner is not None
         if start.step:
@@ -171,7 +191,7 @@ async def _train(
             evaluation_prompts=prepared.evaluation_prompts,
             folder=folder,
             ledger=ledger,
-            journal=Journal(config, sink=sink, recorder=recorder, progress=progress, report=report),
+            journal=Journal(config, sink=sink, recorder=recorder, progress=progress, report=report, startup=startup),
             moved=watchdog.moved,
             without_place=without_place,
         )
@@ -195,7 +215,7 @@ async def _train(
 
 async def _evaluate(config: RunConfig, prepared: Prepared, progress: ConsoleProgress) -> dict[str, float]:
     progress.phase("starting engines")
-    async with _actors(config, uuid.uuid4().hex[:12], warn=progress.warn, with_learner=False) as actors:
+    async with _actors(config, uuid.uuid4().hex[:12], Startup(), warn=progress.warn, with_learner=False) as actors:
         progress.phase(f"evaluating on {len(prepared.evaluation_prompts)} held-out problems")
         return await evaluate(actors.pool, prepared.evaluation_prompts, config.evaluation)
 
@@ -217,6 +237,7 @@ class _Actors:
 async def _actors(
     config: RunConfig,
     run_id: str,
+    startup: Startup,
     *,
     warn: Callable[[str], None],
     with_learner: bool = True,
@@ -251,10 +272,11 @@ async def _actors(
             starting.create_task(wait_for_place(demand, cluster_nodes, placement_seconds(config)))
             if learner:
                 await learner.reserve()  # before other actors take the ranks' places
-                starting.create_task(learner.begin())
+                starting.create_task(startup.reached_by(learner.begin(), "learner"))
             reward_actors.extend(create_reward_actors(config, logs))
-            starting.create_task(pool.start())
-            starting.create_task(start_reward_actors(reward_actors, rollout.start_timeout))
+            starting.create_task(startup.reached_by(pool.start(), "engines"))
+            graders = start_reward_actors(reward_actors, rollout.start_timeout)
+            starting.create_task(startup.reached_by(graders, "reward_actors"))
         yield _Actors(pool=pool, learner=learner)
     finally:
         try:

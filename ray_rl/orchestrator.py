@@ -180,7 +180,13 @@ class Orchestrator:
             on_drop=self._ledger.drop,
         )
         self._collector = Collector(
-            self._pool, self._buffer, self._stream, self._ledger, warn=self._journal.warn, moved=self._moved
+            self._pool,
+            self._buffer,
+            self._stream,
+            self._ledger,
+            warn=self._journal.warn,
+            moved=self._moved,
+            startup=self._journal.startup,
         )
         self._collector.sample_again(start.pending_positions)
 

@@ -2,9 +2,9 @@
 
     driver.log  rollout-0.log (its engine's process too)  learner-0.log  reward-0.log (its graders too)
 
-An actor is told its file through its environment, which the processes below it inherit. It writes where the run's folder can
-be reached from its node, which takes shared storage where there are several nodes; what actors print lies among Ray's own logs,
-wherever they are.
+An actor is told its file, and leaves its name in the environment, which the processes below it inherit. It writes where the
+run's folder can be reached from its node, which takes shared storage where there are several nodes; what actors print lies among
+Ray's own logs, wherever they are.
 """
 
 from __future__ import annotations
@@ -26,9 +26,22 @@ _OURS = ("ray_rl", "actors", "learner")
 _FORMAT = "%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"
 
 
+def log_file(folder: Path | None, component: str) -> Path | None:
+    """The file of a component in a run's logs/. None: there is no such folder."""
+    return None if folder is None else folder / f"{component}.log"
+
+
 def log_environment(folder: Path | None, component: str) -> dict[str, str]:
-    """The environment of an actor that logs: `component` names its file in a run's logs/. None: there is no such folder."""
-    return {} if folder is None else {LOG_FILE: str(folder / f"{component}.log")}
+    """The environment of a process that is to `keep_log` in `log_file`."""
+    file = log_file(folder, component)
+    return {} if file is None else {LOG_FILE: str(file)}
+
+
+def begin_log(file: Path | None) -> None:
+    """`keep_log` in a file, here and in the processes that this one starts; None: in none."""
+    if file is not None:
+        os.environ[LOG_FILE] = str(file)
+    keep_log()
 
 
 def keep_log(*apart: str) -> None:

@@ -150,6 +150,8 @@ def _summary(
         prefix_tokens=0,
         cacheable_prefix_tokens=0,
         cached_prefix_tokens=0,
+        prompt_tokens=0,
+        cached_prompt_tokens=0,
         seconds=0.0,
     )
     return GroupSummary(
