@@ -62,7 +62,11 @@ class Trackers:
         for options in config.logging.trackers:
             kinds[options.kind] += 1
             name = options.kind if kinds[options.kind] == 1 else f"{options.kind}-{kinds[options.kind]}"
-            tracker = _Tracker(name, folder, warn, most_pending)
+            try:
+                tracker = _Tracker(name, folder, warn, most_pending)
+            except OSError as error:
+                warn(f"logging.trackers: {name} gets no metrics: its process cannot be started: {error.strerror}")
+                continue
             tracker.say({"name": name, "options": options.model_dump(), "folder": str(folder), "config": plain})
             self._trackers.append(tracker)
 
