@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import statistics
 import sys
 import time
@@ -243,17 +242,13 @@ def main(setting: Setting) -> None:
         PROOFS[setting.kind](setting, figures)
     finally:
         error = sys.exc_info()[1]
-        found = {"figures": _finite(figures), "error": None if error is None else _line(error)}
+        found = {"figures": figures, "error": None if error is None else _line(error)}
         (Path(setting.folder) / FOUND).write_text(json.dumps(found, indent=2))
 
 
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, ProofFailed) else f"{type(error).__name__}: {text}"
-
-
-def _finite(figures: Figures) -> Figures:
-    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in figures.items()}
 
 
 def as_argument(setting: Setting) -> str:
