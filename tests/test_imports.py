@@ -20,6 +20,8 @@ KERNEL = (
     "ray_rl.weight_manifest",
     "ray_rl.deadlines",
     "ray_rl.errors",
+    "ray_rl.inventory",
+    "ray_rl.object_store",
     "ray_rl.stacks",
     "ray_rl.wording",
     "ray_rl.metrics",
