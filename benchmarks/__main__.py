@@ -32,7 +32,7 @@ _EPILOG = "Cases: " + "; ".join(f"{case.name} ({case.about})" for case in CASES.
 
 def run(
     cases: Annotated[list[str] | None, typer.Argument(metavar="[CASE]...", help="default: all")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write every number here")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write every number here; -: print it")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="paired repetitions; medians are reported")] = 5,
     quick: Annotated[bool, typer.Option("--quick", help="a reduced form of each case")] = False,
     minutes: Annotated[float, typer.Option(min=0.5, help="chaos: for how long components are killed")] = 5.0,

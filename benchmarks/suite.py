@@ -17,6 +17,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from ray_rl.job_log import report_lines
+
+STANDARD_OUTPUT = Path("-")
 _WIDEST = 1000
 """Characters."""
 
@@ -112,12 +115,16 @@ def show(console: Console, case: Case, result: CaseResult) -> None:
 
 
 def to_json(path: Path, results: Mapping[str, CaseResult]) -> None:
-    """Write the headline, rows and details of every case, with the machine."""
+    """Write the headline, rows and details of every case, with the machine; to `-`, as lines that `ray-rl submit` finds."""
     cases = {
         name: {**result.headline, "rows": list(result.rows), "details": result.details}
         for name, result in results.items()
     }
-    path.write_text(json.dumps(_without_nan({"machine": machine(), "cases": cases}), indent=2, allow_nan=False) + "\n")
+    text = json.dumps(_without_nan({"machine": machine(), "cases": cases}), indent=2, allow_nan=False) + "\n"
+    if path == STANDARD_OUTPUT:
+        print(report_lines(text), end="", flush=True)
+    else:
+        path.write_text(text)
 
 
 def _without_nan(value: Any) -> Any:

@@ -37,42 +37,68 @@ def train(
     overrides: Overrides = None,
     run_dir: Annotated[Path | None, typer.Option(help="where the run lies; default runs/NAME-TIME")] = None,
     resume: Annotated[Path | None, typer.Option(help="go on with this run, at its last checkpoint")] = None,
+    continued: Annotated[
+        bool, typer.Option("--continue", help="go on with the run in --run-dir by this recipe, or begin it")
+    ] = False,
 ) -> None:
     """Train a policy; or go on with a run: train --resume RUN."""
-    from ray_rl.doctor import require
-    from ray_rl.run_state import RunFolder
+    from ray_rl.sitting import choose
 
-    given = [*([recipe] if recipe else []), *(overrides or [])]
-    if resume:
-        if run_dir:
-            raise ConfigError("--run-dir: a resumed run stays in its folder; leave it out")
-        folder = RunFolder.open(resume)
-        config = resolve_config(folder.config_data(), given)
-        warnings = require(config, folder=folder.path)
-    else:
-        if not recipe:
-            raise ConfigError("train: name a recipe (ray-rl recipes lists them), or --resume RUN")
-        config = load_config(recipe, overrides or [])
-        warnings = require(config, folder=run_dir or Path("runs"))
-        folder = RunFolder.create(run_dir, config)
+    sitting = choose(recipe, overrides or [], run_dir=run_dir, resume=resume, continued=continued)
+    config, folder = sitting.config, sitting.folder
     with folder.locked():
         start = folder.find_start()
         if config.seed != start.state.seed:
             raise ConfigError(
                 f"seed: a resumed run keeps its seed, {start.state.seed}; leave it out, or begin a new run"
             )
-        for warning in (*start.notes, *warnings):
+        if sitting.has_nothing_to_do:
+            typer.echo(
+                f"{folder.path}: complete after {start.state.step} steps; more training.steps would go on with it"
+            )
+            return
+        for warning in (*start.notes, *sitting.warnings):
             typer.echo(f"warning: {warning}", err=True)
         from ray_rl.launch import train as launch_train
 
         try:
             report = launch_train(config, folder, start.state)
         except (RunError, KeyboardInterrupt):
-            if not resume:  # who resumes a run wants to keep it
+            if sitting.is_new:  # who goes on with a run wants to keep it
                 folder.remove_unused()
             raise
     if report.interrupted:
         raise typer.Exit(130)
+
+
+@app.command()
+def submit(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RECIPE [KEY=VALUE]... | -- COMMAND...", help="what `train` takes; or: -- bench CASE"),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="of the job server: http://HEAD:8265")
+    ] = None,
+    run_dir: Annotated[
+        str | None, typer.Option(help="where the run lies on the cluster, on storage that all its nodes share")
+    ] = None,
+    follow: Annotated[bool, typer.Option(help="show what the job prints, and end as it does")] = True,
+    submission_id: Annotated[str | None, typer.Option(help="a name for the job; default: Ray makes one")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the report of `bench` here")] = None,
+) -> None:
+    """Train on a cluster: a Ray job that takes this folder along, and goes on with the run when it is submitted again."""
+    from ray_rl.submission import Submission
+    from ray_rl.submission import submit as submit_job
+
+    if not address:
+        raise ConfigError("--address: name the cluster's job server, http://HEAD:8265, or set RAY_API_SERVER_ADDRESS")
+    if json_file and not json_file.parent.is_dir():
+        raise ConfigError(f"--json: {json_file.parent} is not a folder; make it first")
+    if json_file and not follow:
+        raise ConfigError("--json: the report comes with the end of the job; leave --no-follow out")
+    job = Submission.of(words or [], run_dir=run_dir, brings_report=json_file is not None, submission_id=submission_id)
+    raise typer.Exit(submit_job(job, address=address, follow=follow, json_file=json_file, say=typer.echo))
 
 
 @app.command()

@@ -42,7 +42,7 @@ from ray_rl.prompt_stream import PromptStream, encode_problem
 from ray_rl.protocols import CollectedGroup
 from ray_rl.ray_session import cluster_nodes, placement_seconds, ray_session, run_to_end
 from ray_rl.recorder import GroupRecorder
-from ray_rl.run_report import RunReport
+from ray_rl.run_report import REPORT_FILE, RunReport
 from ray_rl.run_state import RunFolder, RunState
 from ray_rl.sinks import logged_metrics, make_sink
 from ray_rl.tasks import make_task
@@ -70,8 +70,8 @@ def train(config: RunConfig, folder: RunFolder, start: RunState) -> RunReport:
             run_to_end(_train(config, folder, start, prepared, progress, report))
         report.peak_bytes = memory.peak_bytes
     report.next_steps = _next_steps(report)
-    with writing(folder.path / "report.json"):
-        (folder.path / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+    with writing(folder.path / REPORT_FILE):
+        (folder.path / REPORT_FILE).write_text(json.dumps(asdict(report), indent=2) + "\n")
     progress.report(report)
     return report
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+
+REPORT_FILE = "report.json"
+"""In the run's folder; the last file that a sitting writes."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,3 +35,12 @@ class RunReport:
     def spend(self, phase: str, seconds: float) -> None:
         """Add to the time of a phase."""
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+
+def is_complete(folder: Path, steps: int) -> bool:
+    """Whether the last sitting of the run in a folder came to its end, after so many steps or more."""
+    try:
+        found = json.loads((folder / REPORT_FILE).read_text())
+        return not found["interrupted"] and int(found["steps"]) >= steps
+    except (OSError, ValueError, TypeError, KeyError):
+        return False  # no sitting has ended in order, or the file is damaged: to go on makes it anew

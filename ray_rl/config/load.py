@@ -1,5 +1,6 @@
 """Recipe, overrides -> RunConfig, with one line per fault."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -52,8 +53,13 @@ def _text_of(path: Path) -> str:
         raise ConfigError(f"recipe: {path} cannot be read: {error.strerror}") from error
 
 
-def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(recipe: str, overrides: Sequence[str] = (), *, elsewhere: bool = False) -> RunConfig:
     """Read a recipe and apply overrides of the form `section.key=value`, whose values are parsed as YAML.
+
+    Args:
+        recipe: a shipped recipe's name or a file.
+        overrides: applied in turn.
+        elsewhere: as of `resolve_config`.
 
     Raises:
         ConfigError: unreadable, unknown keys, wrong values, contradictions.
@@ -62,11 +68,16 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     data = {} if data is None else data
     if not isinstance(data, dict):
         raise ConfigError(f"{recipe}: a recipe is a mapping of sections, not a {type(data).__name__}")
-    return resolve_config(data, overrides)
+    return resolve_config(data, overrides, elsewhere=elsewhere)
 
 
-def resolve_config(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+def resolve_config(data: Mapping[str, Any], overrides: Sequence[str] = (), *, elsewhere: bool = False) -> RunConfig:
     """Validate a mapping of sections after applying the overrides.
+
+    Args:
+        data: section -> its options.
+        overrides: applied in turn.
+        elsewhere: the run takes place on other machines, so that absolute paths say nothing here; all stay as they are.
 
     Raises:
         ConfigError: as `load_config`.
@@ -82,18 +93,20 @@ def resolve_config(data: Mapping[str, Any], overrides: Sequence[str] = ()) -> Ru
         if isinstance(merged.get(section), Mapping):
             merged[section] = {"kind": RunConfig.model_fields[section].default.kind, **merged[section]}
     try:
-        return RunConfig.model_validate(_with_absolute_paths(merged))
+        whole = _with_paths(merged, absolute=not (elsewhere or _is_shipped_folder()))
+        return RunConfig.model_validate(whole, context={"elsewhere": elsewhere})
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(error))) from error
 
 
-_PATHS = (("model", "path"), ("task", "path"), ("task", "eval_path"), ("reward", "function"))
+PATHS = (("model", "path"), ("task", "path"), ("task", "eval_path"), ("reward", "function"))
+"""Options that may name a file or folder, `reward.function` with a colon and a name behind it."""
 
 
-def _with_absolute_paths(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A run may be resumed from another folder; what names a file or folder here is kept with its whole path."""
+def _with_paths(data: Mapping[str, Any], *, absolute: bool) -> dict[str, Any]:
+    """A run may be resumed from another folder; what names a file or folder here is then kept with its whole path."""
     result = dict(data)
-    for section, key in _PATHS:
+    for section, key in PATHS:
         inner = result.get(section)
         value = inner.get(key) if isinstance(inner, Mapping) else None
         if isinstance(inner, Mapping) and isinstance(value, str):
@@ -101,9 +114,18 @@ def _with_absolute_paths(data: Mapping[str, Any]) -> dict[str, Any]:
             if not value.isprintable():
                 raise ConfigError(f"{section}.{key}: {shown(value)} holds a line break or another control character")
             local = os.path.expanduser(path)
-            if path and os.path.exists(local):
+            if absolute and path and os.path.exists(local):
                 result[section] = {**inner, key: f"{Path(local).resolve()}{colon}{function}"}
     return result
+
+
+def _is_shipped_folder() -> bool:
+    """Whether this is a Ray job in the working folder that came with it: each node has a copy of its own, until the job ends."""
+    try:
+        job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    except ValueError:
+        return False
+    return bool(isinstance(job, dict) and (job.get("runtime_env") or {}).get("working_dir"))
 
 
 def task_from_text(text: str) -> dict[str, Any]:

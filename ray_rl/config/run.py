@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import model_validator
+from pydantic import ValidationInfo, model_validator
 
 from ray_rl.config.advantage import AdvantageConfig, VineppoAdvantage
 from ray_rl.config.deepspeed import contradictions
@@ -85,14 +85,14 @@ class RunConfig(Section):
         return not isinstance(self.values, NoValues) and self.values.train_on_continuations
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> "RunConfig":
+    def _sections_agree(self, info: ValidationInfo) -> "RunConfig":
         faults = list(_infinite("", self)) or [  # what is computed from such numbers would be told of in vain
             *self._name_faults(),
             *self._batch_faults(),
             *self._value_faults(),
             *self._reward_faults(),
             *self._device_faults(),
-            *self._model_faults(),
+            *self._model_faults(elsewhere=bool((info.context or {}).get("elsewhere"))),
             *contradictions(self),
         ]
         if faults:
@@ -218,10 +218,11 @@ class RunConfig(Section):
                 "share one; set it to 1 and choose learner.ranks"
             )
 
-    def _model_faults(self) -> Iterator[str]:
+    def _model_faults(self, *, elsewhere: bool) -> Iterator[str]:
         path = self.model.path
+        unseen = elsewhere and path.startswith(("/", "~"))
         looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-        if path != "embedded" and looks_local and not os.path.isdir(os.path.expanduser(path)):
+        if path != "embedded" and looks_local and not unseen and not os.path.isdir(os.path.expanduser(path)):
             yield f"model.path: {path} does not exist; give a folder in Hugging Face format, or a Hugging Face name"
         positions = _positions(path)
         if positions is not None and self.model.max_model_len > positions:
