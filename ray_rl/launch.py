@@ -60,7 +60,7 @@ def train(config: RunConfig, folder: RunFolder, start: RunState) -> RunReport:
         RunStopped: the run cannot go on sensibly.
     """
     progress = ConsoleProgress(config.training.steps, start.step)
-    report = RunReport(name=config.name, folder=str(folder.path))
+    report = RunReport(name=config.name, folder=folder.where)
     with MemoryWatch() as memory, progress:
         progress.phase("reading model and data")
         evaluation = config.evaluation

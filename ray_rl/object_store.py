@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -167,11 +166,16 @@ class ObjectStore:
             self._tried(partial(self._put, name, put), f"to take {name}", len(data))
 
     def send(self, file: Path, name: str) -> None:
-        """Copy a file into an object, which is made or replaced."""
+        """Copy a file into an object, which is made or replaced: as much as it has now, if it is one that grows."""
+
+        size = 0
 
         def put(path: str) -> None:
+            left = size
             with file.open("rb") as source, self._at()[0].open_output_stream(path) as stream:
-                shutil.copyfileobj(source, stream, _BLOCK_BYTES)
+                while left and (block := source.read(min(left, _BLOCK_BYTES))):
+                    stream.write(block)
+                    left -= len(block)
 
         with _writing(f"{self}/{name}"):
             size = file.stat().st_size

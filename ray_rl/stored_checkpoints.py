@@ -23,7 +23,7 @@ from ray_rl.inventory import (
     parse_manifest,
     size_fault,
 )
-from ray_rl.object_store import ObjectStore, Place
+from ray_rl.object_store import ObjectStore, Place, StoreUnreadable
 
 
 class NewStoredCheckpoint(NewCheckpoint):
@@ -91,11 +91,14 @@ class StoredCheckpoints(Checkpoints):
     def new(self, state: RunState, config: Path) -> Iterator[NewCheckpoint]:
         """As `Checkpoints.new`; where the block fails, what it leaves is for `prune`."""
         folder = self._folder(state.step)
-        self._delete_step(state.step)
-        new = NewStoredCheckpoint(folder, self._before)
-        yield new
-        text = manifest_text(manifest_data(state, config), new.seal())
-        folder.write(MANIFEST, text.encode())
+        try:
+            self._delete_step(state.step)
+            new = NewStoredCheckpoint(folder, self._before)
+            yield new
+            text = manifest_text(manifest_data(state, config), new.seal())
+            folder.write(MANIFEST, text.encode())
+        except StoreUnreadable as error:  # a run goes on without a checkpoint until the store answers again
+            raise NotWritten(str(error)) from error
 
     def prune(self, keep: int, current: int) -> list[str]:
         """As `Checkpoints.prune`."""
@@ -131,13 +134,10 @@ class StoredCheckpoints(Checkpoints):
         return dict(sorted(found.items()))
 
     def _begun(self) -> list[int]:
-        return list(self._found())
+        return self.steps()
 
     def _manifest(self, step: int) -> tuple[dict[str, Any], dict[str, FileEntry] | None]:
-        try:
-            return parse_manifest(self._folder(step).read(MANIFEST))
-        except FileNotFoundError as error:
-            raise Damaged(f"{MANIFEST} is missing") from error
+        return stored_manifest(self._folder(step))
 
     def _damage(self, step: int, files: Mapping[str, FileEntry]) -> str | None:
         folder = self._folder(step)
@@ -146,6 +146,14 @@ class StoredCheckpoints(Checkpoints):
         if not faults:
             faults = [fault for name, file in files.items() if (fault := _content_fault(folder, name, file))]
         return in_a_line(faults)
+
+
+def stored_manifest(folder: ObjectStore) -> tuple[dict[str, Any], dict[str, FileEntry] | None]:
+    """As `read_manifest`, of a folder in a store. Raises StoreUnreadable, too."""
+    try:
+        return parse_manifest(folder.read(MANIFEST))
+    except FileNotFoundError as error:
+        raise Damaged(f"{MANIFEST} is missing") from error
 
 
 def _content_fault(folder: ObjectStore, name: str, file: FileEntry) -> str | None:
