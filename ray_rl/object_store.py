@@ -145,9 +145,9 @@ class ObjectStore:
 
     def fetch(self, name: str, file: Path) -> FileEntry:
         """Copy an object into a file, whose folder is made; size and digest of what came."""
-        file.parent.mkdir(parents=True, exist_ok=True)
 
         def fetch() -> FileEntry:
+            file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("wb") as copy:
                 return self._digested(name, copy)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_rl.checkpoints import Checkpoints, NewCheckpoint, RunState, manifest_data, step_of
-from ray_rl.errors import NotWritten, RunError
+from ray_rl.errors import NotWritten
 from ray_rl.inventory import (
     MANIFEST,
     Damaged,
@@ -102,17 +102,25 @@ class StoredCheckpoints(Checkpoints):
 
     def prune(self, keep: int, current: int) -> list[str]:
         """As `Checkpoints.prune`."""
+        return self._keep(lambda whole: [step for step in whole if step <= current][-keep:])
+
+    def sweep(self) -> list[str]:
+        """Delete what interrupted checkpoints left; for who holds the run. Returns as `prune` does."""
+        return self._keep(lambda whole: whole)
+
+    def _keep(self, choose: Callable[[list[int]], list[int]]) -> list[str]:
+        """Delete all but those that are chosen of the steps, ascending, with a manifest."""
         try:
             found = self._found()
-        except RunError as error:
-            return [f"{self._store}: what nobody needs could not be deleted: {error}"]
-        whole = [step for step, names in found.items() if MANIFEST in names and step <= current]
+        except StoreUnreadable as error:
+            return [str(error)]
+        kept = choose([step for step, names in found.items() if MANIFEST in names])
         faults = []
-        for step in found.keys() - set(whole[-keep:]):
+        for step in found.keys() - set(kept):
             try:
                 self._delete_step(step)
             except NotWritten as error:
-                faults.append(f"{self._folder(step)}: could not be deleted: {error}")
+                faults.append(str(error))
         return faults
 
     def _folder(self, step: int) -> ObjectStore:

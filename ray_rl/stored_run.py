@@ -18,8 +18,7 @@ from pathlib import Path
 
 from ray_rl.config.run import RunConfig
 from ray_rl.control import CONTROL_FILE
-from ray_rl.errors import ConfigError, NotWritten, RunError, writing
-from ray_rl.inventory import Damaged
+from ray_rl.errors import ConfigError, RunError, writing
 from ray_rl.lease import LEASE, Lease, Rhythm, holder
 from ray_rl.object_store import ObjectStore, Place
 from ray_rl.run_state import RunFolder
@@ -45,7 +44,7 @@ class StoredRun(RunFolder):
         with writing(Path(tempfile.gettempdir())):
             super().__init__(Path(tempfile.mkdtemp(prefix="ray-rl-run-")))
         self.store = store
-        self._checkpoints = StoredCheckpoints(store / _CHECKPOINTS, self._before_manifest)
+        self._checkpoints: StoredCheckpoints = StoredCheckpoints(store / _CHECKPOINTS, self._before_manifest)
         self._lease = Lease(store, self.path, rhythm or Rhythm())
         self._removal = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         self._sent: dict[str, tuple[int, int]] = {}
@@ -100,6 +99,8 @@ class StoredRun(RunFolder):
             for name in self.store.sizes():
                 if name.partition("/")[0] not in _IN_THE_STORE_ONLY:
                     self._fetch(name)
+            for line in self._checkpoints.sweep():
+                logger.warning("%s", line)
             try:
                 yield
             except BaseException:
@@ -110,8 +111,8 @@ class StoredRun(RunFolder):
                 raise
             try:
                 self._mirror()
-            except NotWritten as error:
-                raise NotWritten(self._kept(error)) from error
+            except RunError as error:
+                raise type(error)(self._kept(error)) from error
 
     def remove_unused(self) -> None:
         """As `RunFolder.remove_unused`."""
@@ -124,7 +125,8 @@ class StoredRun(RunFolder):
         self._lease.check()
 
     def _mirror(self) -> None:
-        """Bring what has changed in the working copy into the store."""
+        """Bring what has changed in the working copy into the store, unless another process has the run now."""
+        self._lease.check()
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
             if path.is_file() and not path.name.startswith(".") and name.partition("/")[0] not in _HERE_ONLY:
@@ -139,8 +141,7 @@ class StoredRun(RunFolder):
             self._sent[name] = state
 
     def _fetch(self, name: str) -> None:
-        with writing(self.path / name):
-            self.store.fetch(name, self.path / name)
+        self.store.fetch(name, self.path / name)
         found = (self.path / name).stat()
         self._sent[name] = found.st_size, found.st_mtime_ns
 
@@ -154,11 +155,8 @@ class StoredRun(RunFolder):
         _, files = stored_manifest(place.parent)
         target = self.path / _POLICY
         for name, entry in (files or {}).items():
-            if name.startswith(f"{place.name}/"):
-                with writing(self.path / name):
-                    found = place.parent.fetch(name, self.path / name)
-                if found != entry:
-                    raise Damaged(f"{place.parent}/{name} is not what was written")
+            if name.startswith(f"{place.name}/") and place.parent.fetch(name, self.path / name) != entry:
+                raise RunError(f"{place.parent}/{name}: was replaced just now; try again")
         return target
 
 
