@@ -10,8 +10,10 @@ from pathlib import Path
 
 from actors.pool import ActorPool, PoolLimits
 from ray_rl.config import RunConfig, resolve_config
+from ray_rl.inventory import FileEntry
 from ray_rl.journal import Journal
 from ray_rl.ledger import Ledger
+from ray_rl.object_store import Place
 from ray_rl.orchestrator import Orchestrator
 from ray_rl.prompt_stream import PromptStream
 from ray_rl.protocols import CollectedGroup, Learner, PublishedWeights, Receiver
@@ -193,16 +195,20 @@ class SimulatedLearner:
         """A version without weights."""
         return PublishedWeights(version=version, payload=None, probe=_probe)
 
-    async def save(self, folder: Path) -> None:
+    async def save(self, folder: Place) -> Mapping[str, FileEntry]:
         """An empty folder."""
+        assert isinstance(folder, Path)
         folder.mkdir(parents=True, exist_ok=True)
+        return {}
 
-    async def load(self, folder: Path) -> None:
+    async def load(self, folder: Place) -> None:
         """Nothing."""
 
-    async def export(self, folder: Path) -> None:
+    async def export(self, folder: Place) -> Mapping[str, FileEntry]:
         """An empty folder."""
+        assert isinstance(folder, Path)
         folder.mkdir(parents=True, exist_ok=True)
+        return {}
 
     async def restart(self) -> None:
         """It does not die."""

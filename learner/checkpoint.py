@@ -56,10 +56,15 @@ class CheckpointNotWritten(NotWritten):
     """A checkpoint or an export found no room or no permission; a folder that had its name is untouched."""
 
 
-def save_checkpoint(engine: LearnerEngine, folder: Path) -> None:
+def save_checkpoint(engine: LearnerEngine, folder: Path, *, shared: bool = True) -> None:
     """Weights, master weights, optimizer moments and schedule of all ranks, and a reference that was refreshed.
 
     A folder of that name is replaced.
+
+    Args:
+        engine: all ranks' engines.
+        folder: becomes the checkpoint.
+        shared: whether that is one folder for all ranks. Otherwise it is another one for each, and has its files only.
 
     Raises:
         CheckpointNotWritten: there is no room, or no permission.
@@ -72,7 +77,8 @@ def save_checkpoint(engine: LearnerEngine, folder: Path) -> None:
         if engine.rank == 0:
             (partial / "latest").write_text(TAG)  # for DeepSpeed's own tools
 
-    _write_whole(engine, folder, write, at_least=_least_bytes(engine))
+    at_least = _least_bytes(engine) // (1 if shared else engine.world_size)
+    _write_whole(engine, folder, write, at_least=at_least, shared=shared)
 
 
 def load_checkpoint(engine: LearnerEngine, folder: Path) -> None:
@@ -85,7 +91,7 @@ def load_checkpoint(engine: LearnerEngine, folder: Path) -> None:
     def failed(reason: str) -> CheckpointError:
         return CheckpointError(f"{folder}: {reason}")
 
-    read = _by_all(engine, lambda: _read(engine, folder), _UNREADABLE, failed)
+    read = by_all(engine, lambda: _read(engine, folder), _UNREADABLE, failed)
 
     def restore() -> dict[str, Any]:
         with _from_memory(engine.deepspeed, read), _misfit("it does not fit this learner"):
@@ -94,7 +100,7 @@ def load_checkpoint(engine: LearnerEngine, folder: Path) -> None:
                 raise ValueError("DeepSpeed finds nothing in it")
         return state
 
-    state = _by_all(engine, restore, _UNREADABLE, failed)
+    state = by_all(engine, restore, _UNREADABLE, failed)
     if (reference := state.get("reference")) is not None:
         engine.restore_reference(reference)
 
@@ -149,8 +155,14 @@ def _copy_tokenizer(engine: LearnerEngine, model_path: str | os.PathLike[str], f
             shutil.copy2(file, folder / file.name)
 
 
-def _write_whole(engine: LearnerEngine, folder: Path, write: Callable[[Path], None], *, at_least: int) -> None:
-    """Let all ranks write into a temporary folder, which rank 0 makes if it has room, then give it its name."""
+def _write_whole(
+    engine: LearnerEngine, folder: Path, write: Callable[[Path], None], *, at_least: int, shared: bool = True
+) -> None:
+    """Let all ranks write into a temporary folder, which rank 0 makes if it has room, then give it its name.
+
+    Where the folder is not shared, every rank makes its own.
+    """
+    makes = engine.rank == 0 or not shared
     partial = folder.with_name(f".{folder.name}.partial")
 
     def failed(reason: str) -> CheckpointNotWritten:
@@ -158,15 +170,15 @@ def _write_whole(engine: LearnerEngine, folder: Path, write: Callable[[Path], No
             f"{folder}: could not be written: {reason}; make room there, or check its permissions"
         )
 
-    def by_rank_0(act: Callable[[], None]) -> None:
-        _by_all(engine, act if engine.rank == 0 else lambda: None, _UNWRITTEN, failed)
+    def by_makers(act: Callable[[], None]) -> None:
+        by_all(engine, act if makes else lambda: None, _UNWRITTEN, failed)
 
     try:
-        by_rank_0(lambda: _make_with_room(partial, at_least))
-        _by_all(engine, lambda: write(partial), _UNWRITTEN, failed)
-        by_rank_0(lambda: _replace(folder, partial))
+        by_makers(lambda: _make_with_room(partial, at_least))
+        by_all(engine, lambda: write(partial), _UNWRITTEN, failed)
+        by_makers(lambda: _replace(folder, partial))
     except CheckpointNotWritten:
-        if engine.rank == 0:
+        if makes:
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
@@ -199,7 +211,7 @@ def _least_bytes(engine: LearnerEngine) -> int:
     return sum(engine.parameter_bytes()) + 4 * trained
 
 
-def _by_all(
+def by_all(
     engine: LearnerEngine,
     act: Callable[[], T],
     errors: tuple[type[Exception], ...],
@@ -286,15 +298,20 @@ def _read(engine: LearnerEngine, folder: Path) -> dict[str, Any]:
     saved = len(list((folder / TAG).glob("*zero_pp_rank_*_optim_states.pt")))
     if saved not in (0, engine.world_size):
         raise ValueError(f"saved by {saved} ranks, not {engine.world_size}; use learner.ranks={saved}")
+    read: dict[str, Any] = {}
+    for path in own_files(engine, folder):
+        with _misfit(f"{Path(path).name} is damaged or missing"):
+            read[path] = engine.deepspeed.checkpoint_engine.load(path, map_location="cpu")
+    return read
+
+
+def own_files(engine: LearnerEngine, folder: Path) -> list[str]:
+    """What this rank reads of a checkpoint: paths as DeepSpeed names them."""
     deepspeed = engine.deepspeed
     paths = [deepspeed._get_ckpt_name(str(folder), TAG)]
     if deepspeed.zero_optimization():
         paths.append(deepspeed._get_zero_ckpt_name(str(folder), TAG))
-    read: dict[str, Any] = {}
-    for path in paths:
-        with _misfit(f"{Path(path).name} is damaged or missing"):
-            read[path] = deepspeed.checkpoint_engine.load(path, map_location="cpu")
-    return read
+    return paths
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from learner.rank_processes import start_ranks
 from ray_rl.config.run import RunConfig
 from ray_rl.deadlines import Deadline, DeadlineExceeded, first_of, wait
 from ray_rl.errors import RunError
+from ray_rl.inventory import FileEntry
+from ray_rl.object_store import Place
 from ray_rl.protocols import CollectedGroup, GroupsLost, LearnerDied, PublishedWeights, Receiver, TransferBroke
 from ray_rl.types import StepStats
 from ray_rl.weight_manifest import ObjectStorePayload, Probe
@@ -183,16 +185,19 @@ class LearnerGroup:
         probe, *_ = await self._on_all_ranks("probe", what="the learner's log-probabilities of the probe prompt")
         return probe
 
-    async def save(self, folder: Path) -> None:
-        """Everything a resumed run needs of the learner, in a folder that all ranks' nodes share.
+    async def save(self, folder: Place) -> Mapping[str, FileEntry]:
+        """Everything a resumed run needs of the learner, in a folder that all ranks' nodes reach.
+
+        Returns:
+            What the ranks put there, where it is a store.
 
         Raises:
             NotWritten: there is no room, or no permission; the learner can go on.
             LearnerDied: a rank's process is gone, or hangs.
         """
-        await self._on_all_ranks("save", folder, what=f"the checkpoint {folder}")
+        return _together(await self._on_all_ranks("save", folder, what=f"the checkpoint {folder}"))
 
-    async def load(self, folder: Path) -> None:
+    async def load(self, folder: Place) -> None:
         """The inverse of `save`, before the first training step.
 
         Raises:
@@ -202,9 +207,9 @@ class LearnerGroup:
         await self._keep_probe()
         await self._on_all_ranks("load", folder, what=f"loading the checkpoint {folder}")
 
-    async def export(self, folder: Path) -> None:
-        """The policy in Hugging Face format. Raises as `save`."""
-        await self._on_all_ranks("export", folder, what=f"the export {folder}")
+    async def export(self, folder: Place) -> Mapping[str, FileEntry]:
+        """The policy in Hugging Face format. Returns and raises as `save`."""
+        return _together(await self._on_all_ranks("export", folder, what=f"the export {folder}"))
 
     async def stacks(self) -> dict[str, str]:
         """What each rank is doing, also while a verb runs; or why it does not say."""
@@ -332,6 +337,11 @@ async def _death_behind(answers: Sequence[asyncio.Task[Any]]) -> LearnerDied | N
                 return death
         pending -= done
     return None
+
+
+def _together(files: Sequence[Mapping[str, FileEntry]]) -> dict[str, FileEntry]:
+    """What the ranks put somewhere; each puts its own."""
+    return {name: entry for found in files for name, entry in found.items()}
 
 
 def _one_line(error: BaseException) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
@@ -16,10 +15,13 @@ from learner.checkpoint import export_model, load_checkpoint, save_checkpoint
 from learner.distributed import host_store, join_store
 from learner.engine import LearnerEngine
 from learner.samples import training_samples
+from learner.stored_checkpoint import load_stored_checkpoint, store_checkpoint, store_model
 from learner.weight_publisher import ObjectStorePublisher, make_probe
 from ray_rl.config.run import RunConfig
 from ray_rl.config.weights import ObjectStoreWeights
 from ray_rl.deadlines import Deadline, DeadlineExceeded, get
+from ray_rl.inventory import FileEntry
+from ray_rl.object_store import ObjectStore, Place
 from ray_rl.run_logs import keep_log
 from ray_rl.stacks import stacks
 from ray_rl.types import TrajectoryGroup
@@ -149,17 +151,26 @@ class LearnerActor:
         """As `LearnerEngine.logprobs`."""
         return self._engine.logprobs(token_ids)
 
-    def save(self, folder: Path) -> None:
-        """As `save_checkpoint`."""
+    def save(self, folder: Place) -> dict[str, FileEntry]:
+        """As `save_checkpoint`; or as `store_checkpoint`, with what this rank put there."""
+        if isinstance(folder, ObjectStore):
+            return store_checkpoint(self._engine, folder)
         save_checkpoint(self._engine, folder)
+        return {}
 
-    def load(self, folder: Path) -> None:
-        """As `load_checkpoint`."""
-        load_checkpoint(self._engine, folder)
+    def load(self, folder: Place) -> None:
+        """As `load_checkpoint` or `load_stored_checkpoint`."""
+        if isinstance(folder, ObjectStore):
+            load_stored_checkpoint(self._engine, folder)
+        else:
+            load_checkpoint(self._engine, folder)
 
-    def export(self, folder: Path) -> None:
-        """As `export_model`."""
+    def export(self, folder: Place) -> dict[str, FileEntry]:
+        """As `export_model`; or as `store_model`, with what this rank put there."""
+        if isinstance(folder, ObjectStore):
+            return store_model(self._engine, self._model_path, folder)
         export_model(self._engine, self._model_path, folder)
+        return {}
 
     @ray.method(concurrency_group=_WATCH)
     def stacks(self) -> str:

@@ -21,6 +21,7 @@ from ray_rl.inventory import (
     take,
     write_manifest,
 )
+from ray_rl.object_store import Place
 
 _PARTIAL = ".partial"
 
@@ -78,6 +79,19 @@ class NewCheckpoint:
         self.path = path
         self._files: dict[str, FileEntry] | None = None
 
+    @property
+    def place(self) -> Place:
+        """Where the learner writes: the same for all its ranks, whatever node they are on."""
+        return self.path
+
+    def add(self, name: str, files: Mapping[str, FileEntry]) -> None:
+        """Note what was written below `place` elsewhere; here nothing is: `seal` finds all files.
+
+        Args:
+            name: of the folder in `place`.
+            files: in it.
+        """
+
     def seal(self) -> dict[str, FileEntry]:
         """Bring what was written to the disk and take its digests, once; nothing is written afterwards.
 
@@ -113,7 +127,7 @@ class Checkpoints:
         Raises:
             Damaged: the manifest is missing, or not what was written.
         """
-        data, files = read_manifest(self.path(step))
+        data, files = self._manifest(step)
         state = RunState.from_manifest(data)
         if state.step != step:
             raise Damaged(f"{MANIFEST} is that of step {state.step}")
@@ -136,7 +150,7 @@ class Checkpoints:
         state, files = self.read(step)
         if files is None:
             return state, [f"step {step}: saved by an older version without digests; its files could not be checked"]
-        fault = damage(self.path(step), {name: file for name, file in files.items() if name.startswith(under)})
+        fault = self._damage(step, {name: file for name, file in files.items() if name.startswith(under)})
         if fault is not None:
             raise Damaged(fault)
         return state, []
@@ -185,8 +199,7 @@ class Checkpoints:
             new.path.mkdir(parents=True)
             yield new
             files = new.seal()
-            digest = hashlib.sha256(config.read_bytes()).hexdigest()
-            write_manifest(new.path, {**asdict(state), "config_sha256": digest}, files)
+            write_manifest(new.path, manifest_data(state, config), files)
             _put_in_place(new.path, target)
         except BaseException as error:
             shutil.rmtree(new.path, ignore_errors=True)
@@ -217,8 +230,24 @@ class Checkpoints:
 
     def _begun(self) -> list[int]:
         """Steps with a folder under the name of a checkpoint, ascending."""
-        names = [path.name.removeprefix("step_") for path in self._path.glob("step_*")]
-        return sorted(int(name) for name in names if name.isdecimal())
+        return sorted(step for path in self._path.glob("step_*") if (step := step_of(path.name)) is not None)
+
+    def _manifest(self, step: int) -> tuple[dict[str, Any], dict[str, FileEntry] | None]:
+        return read_manifest(self.path(step))
+
+    def _damage(self, step: int, files: Mapping[str, FileEntry]) -> str | None:
+        return damage(self.path(step), files)
+
+
+def step_of(name: str) -> int | None:
+    """The step of the checkpoint whose folder has that name; None where it is no checkpoint's."""
+    number = name.removeprefix("step_")
+    return int(number) if name.startswith("step_") and number.isdecimal() else None
+
+
+def manifest_data(state: RunState, config: Path) -> dict[str, Any]:
+    """What a checkpoint's manifest says besides its files: the state, and the digest of the run's configuration."""
+    return {**asdict(state), "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest()}
 
 
 def _put_in_place(new: Path, target: Path) -> None:

@@ -19,6 +19,7 @@ from rich.table import Table
 from ray_rl.config import RunConfig, load_config, resolve_config
 from ray_rl.config.load import recipe_names, recipe_text
 from ray_rl.errors import ConfigError, RunError
+from ray_rl.object_store import is_url
 from ray_rl.redaction import redact
 
 app = typer.Typer(
@@ -37,16 +38,22 @@ Overrides = Annotated[
 def train(
     recipe: Annotated[str | None, typer.Argument(help="a shipped recipe's name or a YAML file")] = None,
     overrides: Overrides = None,
-    run_dir: Annotated[Path | None, typer.Option(help="where the run lies; default runs/NAME-TIME")] = None,
-    resume: Annotated[Path | None, typer.Option(help="go on with this run, at its last checkpoint")] = None,
+    run_dir: Annotated[
+        str | None, typer.Option(metavar="DIR|URL", help="where the run lies; default runs/NAME-TIME")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="DIR|URL", help="go on with this run, at its last checkpoint")
+    ] = None,
     continued: Annotated[
         bool, typer.Option("--continue", help="go on with the run in --run-dir by this recipe, or begin it")
     ] = False,
 ) -> None:
     """Train a policy; or go on with a run: train --resume RUN."""
+    from ray_rl.run_places import place_of
     from ray_rl.sitting import choose
 
-    sitting = choose(recipe, overrides or [], run_dir=run_dir, resume=resume, continued=continued)
+    place, resumed = (place_of(text) if text else None for text in (run_dir, resume))
+    sitting = choose(recipe, overrides or [], run_dir=place, resume=resumed, continued=continued)
     config, folder = sitting.config, sitting.folder
     with folder.locked():
         start = folder.find_start()
@@ -56,7 +63,7 @@ def train(
             )
         if sitting.has_nothing_to_do:
             typer.echo(
-                f"{folder.path}: complete after {start.state.step} steps; more training.steps would go on with it"
+                f"{folder.where}: complete after {start.state.step} steps; more training.steps would go on with it"
             )
             return
         for warning in (*start.notes, *sitting.warnings):
@@ -147,19 +154,19 @@ def _print_layouts(config: RunConfig, file: Path) -> None:
 @app.command()
 def evaluate(
     source: Annotated[
-        str, typer.Argument(metavar="RECIPE|RUN", help="a recipe (its model as it is) or a run's folder")
+        str, typer.Argument(metavar="RECIPE|RUN", help="a recipe (its model as it is) or a run's folder or URL")
     ],
     overrides: Overrides = None,
     checkpoint: Annotated[int | None, typer.Option(help="of a run: this step's policy; default the newest")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="also write the numbers here")] = None,
 ) -> None:
     """Accuracy on the held-out problems: pass@1, greedy, and with evaluation.samples > 1 pass@k and majority@k."""
-    from ray_rl.run_state import RunFolder
+    from ray_rl.run_places import is_run, open_run, place_of
 
     if json_file and not json_file.parent.is_dir():
         raise ConfigError(f"--json: {json_file.parent} is not a folder; make it first")
-    if RunFolder.is_run(Path(source)):
-        folder = RunFolder.open(Path(source))
+    if is_url(source) or is_run(Path(source)):
+        folder = open_run(place_of(source))
         policy = folder.policy(checkpoint)
         config = resolve_config(folder.config_data(), [*(overrides or []), f"model.path={policy}"])
     elif checkpoint is not None:
@@ -181,34 +188,36 @@ def evaluate(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="a run's folder")],
+    run: Annotated[str, typer.Argument(help="a run's folder or URL")],
     directory: Annotated[Path, typer.Argument(help="must not exist yet")],
     checkpoint: Annotated[int | None, typer.Option(help="this step's policy; default the newest")] = None,
 ) -> None:
     """Write a run's policy in Hugging Face format, for transformers and vLLM."""
     import shutil
 
-    from ray_rl.run_state import RunFolder
+    from ray_rl.run_places import open_run, place_of
 
-    policy = RunFolder.open(run).policy(checkpoint)
     if directory.exists():
         raise ConfigError(f"{directory}: exists already; name a new folder")
+    folder = open_run(place_of(run))
+    policy = folder.policy(checkpoint)
     shutil.copytree(policy, directory)
-    typer.echo(f"{policy} -> {directory}")
+    typer.echo(f"the policy of {folder.where} -> {directory}")
 
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(help="the folder of a run that is going on")],
+    run: Annotated[str, typer.Argument(help="the folder or URL of a run that is going on")],
     as_json: Annotated[bool, typer.Option("--json", help="print it as JSON")] = False,
 ) -> None:
     """What a run in progress is doing."""
     from dataclasses import asdict
 
     from ray_rl.control_client import ask_status
+    from ray_rl.run_places import contact_folder
     from ray_rl.status_view import status_lines
 
-    found = ask_status(run)
+    found = ask_status(contact_folder(run))
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=2))
     else:
@@ -217,25 +226,28 @@ def status(
 
 @app.command(context_settings={"ignore_unknown_options": True})  # or -1 would be an unknown option
 def scale(
-    run: Annotated[Path, typer.Argument(help="the folder of a run that is going on")],
+    run: Annotated[str, typer.Argument(help="the folder or URL of a run that is going on")],
     actors: Annotated[int, typer.Argument(metavar="N", help="rollout actors from now on, at least 1")],
 ) -> None:
     """Use more or fewer rollout actors in a run in progress; surplus ones end when their groups are done."""
     from ray_rl.control_client import order_scale
+    from ray_rl.run_places import contact_folder
 
-    typer.echo(order_scale(run, actors))
+    typer.echo(order_scale(contact_folder(run), actors))
 
 
 @app.command()
 def doctor(
     recipe: Annotated[str | None, typer.Argument(help="a shipped recipe's name or a YAML file")] = None,
     overrides: Overrides = None,
+    run_dir: Annotated[str, typer.Option(metavar="DIR|URL", help="where the run will lie")] = "runs",
 ) -> None:
     """Check this machine, and what a recipe asks of it; exit code 1 when something cannot work."""
     from ray_rl.doctor import examine
+    from ray_rl.run_places import place_of
 
     config = load_config(recipe, overrides or []) if recipe else None
-    findings = list(examine(config))
+    findings = list(examine(config, folder=place_of(run_dir)))
     table = Table()
     for name in ("check", "found", "verdict", "mend"):
         table.add_column(name, overflow="fold")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from importlib import util
 from pathlib import Path
@@ -41,14 +42,16 @@ from ray_rl.installation import (
 )
 from ray_rl.machine import Machine
 from ray_rl.model_files import check_model_folder
+from ray_rl.object_store import ObjectStore, Place
 from ray_rl.placement import Demand, is_own_ray, knock, named_address, shortage
 from ray_rl.weight_file import sweep_dead
+from ray_rl.wording import one_line
 
 _KNOCK_SECONDS = 2.0
 _UNFETCHED = "its memory is not estimated; fetch it to have that"
 
 
-def examine(config: RunConfig | None = None, *, folder: Path = Path("runs"), joins: bool = True) -> Iterator[Finding]:
+def examine(config: RunConfig | None = None, *, folder: Place = Path("runs"), joins: bool = True) -> Iterator[Finding]:
     """Every check.
 
     Args:
@@ -63,6 +66,8 @@ def examine(config: RunConfig | None = None, *, folder: Path = Path("runs"), joi
     yield from devices(config, machine)
     yield open_files()
     yield ports()
+    if isinstance(folder, ObjectStore):
+        yield store(folder)
     if config is not None:
         yield from _own_ray(config, machine) if is_own_ray(config) else [_cluster(config, joins=joins)]
         yield from _model(config, machine, folder)
@@ -70,7 +75,7 @@ def examine(config: RunConfig | None = None, *, folder: Path = Path("runs"), joi
         yield from trackers(config)
 
 
-def require(config: RunConfig, *, folder: Path = Path("runs")) -> list[str]:
+def require(config: RunConfig, *, folder: Place = Path("runs")) -> list[str]:
     """What `train` asks before it starts anything.
 
     Returns:
@@ -175,7 +180,7 @@ def room(config: RunConfig, nodes: Sequence[Node]) -> Finding:
     return Finding(check="ray.address", found=missing, verdict="fault", mend=mend)
 
 
-def _model(config: RunConfig, machine: Machine, folder: Path) -> Iterator[Finding]:
+def _model(config: RunConfig, machine: Machine, folder: Place) -> Iterator[Finding]:
     path = config.model.path
     place = model_folder(config)
     offline = _is_on("HF_HUB_OFFLINE")
@@ -209,7 +214,8 @@ def _model(config: RunConfig, machine: Machine, folder: Path) -> Iterator[Findin
         yield memory(config, footprint, machine)
         yield from device_memory(config, footprint, machine)
         yield shared_memory(config, footprint, machine)
-    yield disk(config, footprint, folder)
+    if isinstance(folder, Path):
+        yield disk(config, footprint, folder)
 
 
 def memory(config: RunConfig, footprint: Footprint, machine: Machine) -> Finding:
@@ -271,6 +277,21 @@ def disk(config: RunConfig, footprint: Footprint, folder: Path) -> Finding:
         mend = "make room, lower checkpoint.keep, or name another place with --run-dir"
         return Finding(check="disk", found=found, verdict="warning", mend=mend)
     return Finding(check="disk", found=found)
+
+
+def store(folder: ObjectStore) -> Finding:
+    """Whether a run's folder in an object store can be written, read and cleared."""
+    name, text = f"doctor-{uuid.uuid4().hex}", b"ray-rl doctor was here; this can be deleted"
+    try:
+        folder.write(name, text)
+        answer = folder.read(name)
+        folder.delete(name)
+    except (RunError, FileNotFoundError) as error:
+        return Finding(check="--run-dir", found=one_line(error), verdict="fault")
+    if answer != text:
+        found = f"{folder}: gives back something else than was written"
+        return Finding(check="--run-dir", found=found, verdict="fault", mend="use another store")
+    return Finding(check="--run-dir", found=f"{folder} can be written and read")
 
 
 def task(config: RunConfig) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -80,6 +80,11 @@ def damage(folder: Path, files: Mapping[str, FileEntry]) -> str | None:
     if not faults:
         with ThreadPoolExecutor(_THREADS) as threads:
             faults = [fault for fault in threads.map(partial(_content_fault, folder), files, files.values()) if fault]
+    return in_a_line(faults)
+
+
+def in_a_line(faults: Sequence[str]) -> str | None:
+    """The first few faults, and how many more there are; None where there is none."""
     if not faults:
         return None
     more = len(faults) - _NAMED_FAULTS
@@ -100,11 +105,19 @@ def _entry(path: Path, *, sync: bool = False) -> FileEntry:
 
 def _size_fault(folder: Path, name: str, entry: FileEntry) -> str | None:
     try:
-        longer = (folder / name).stat().st_size - entry.bytes
+        size = (folder / name).stat().st_size
     except (FileNotFoundError, NotADirectoryError):
-        return f"{name} is missing"
+        size = None
     except OSError as error:
         raise Unreadable(folder, name, error) from error
+    return size_fault(name, entry, size)
+
+
+def size_fault(name: str, entry: FileEntry, size: int | None) -> str | None:
+    """What is wrong with the size of a file, None where it is missing."""
+    if size is None:
+        return f"{name} is missing"
+    longer = size - entry.bytes
     if longer:
         return f"{name} is {abs(longer)} bytes {'longer' if longer > 0 else 'shorter'} than it was written"
     return None
@@ -112,9 +125,14 @@ def _size_fault(folder: Path, name: str, entry: FileEntry) -> str | None:
 
 def _content_fault(folder: Path, name: str, entry: FileEntry) -> str | None:
     try:
-        return None if _entry(folder / name) == entry else f"{name} is not what was written"
+        return content_fault(name, entry, _entry(folder / name))
     except OSError as error:
         raise Unreadable(folder, name, error) from error
+
+
+def content_fault(name: str, entry: FileEntry, found: FileEntry) -> str | None:
+    """What is wrong with what a file holds."""
+    return None if found == entry else f"{name} is not what was written"
 
 
 def write_manifest(folder: Path, data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> None:
@@ -128,8 +146,13 @@ def write_manifest(folder: Path, data: Mapping[str, Any], files: Mapping[str, Fi
     Raises:
         OSError: the system refused.
     """
+    write_atomically(folder / MANIFEST, manifest_text(data, files))
+
+
+def manifest_text(data: Mapping[str, Any], files: Mapping[str, FileEntry]) -> str:
+    """What stands in a manifest; arguments as those of `write_manifest`."""
     manifest = {**data, "files": {name: asdict(entry) for name, entry in files.items()}}
-    write_atomically(folder / MANIFEST, json.dumps({**manifest, "xxh3": _digest(manifest)}, indent=2) + "\n")
+    return json.dumps({**manifest, "xxh3": _digest(manifest)}, indent=2) + "\n"
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, FileEntry] | None]:
@@ -145,6 +168,15 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, FileEntry] | 
         raise Damaged(f"{MANIFEST} is missing") from error
     except OSError as error:
         raise Unreadable(folder, MANIFEST, error) from error
+    return parse_manifest(text)
+
+
+def parse_manifest(text: bytes) -> tuple[dict[str, Any], dict[str, FileEntry] | None]:
+    """As `read_manifest`, of what stands in one.
+
+    Raises:
+        Damaged: it is not what was written.
+    """
     try:
         data = dict(json.loads(text))
         digest = data.pop("xxh3", None)

@@ -67,7 +67,7 @@ def train(config: RunConfig, folder: RunFolder, start: RunState) -> RunReport:
         RunStopped: the run cannot go on sensibly.
     """
     startup = Startup()
-    report = RunReport(name=config.name, folder=str(folder.path), startup=startup.metrics)
+    report = RunReport(name=config.name, folder=folder.where, startup=startup.metrics)
     with (
         driver_log(folder.logs) as log,
         MemoryWatch() as memory,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
 from functools import partial
 from typing import TypeVar
 
@@ -55,9 +56,9 @@ class LearnerKeeper:
             NotWritten: there is no room, or no permission; earlier checkpoints are untouched.
             LearnerDied: a rank's process is gone.
         """
-        with self._folder.new_checkpoint(state) as new:
-            await self._learner.save(new.path / "learner")
-            await self._learner.export(new.path / "policy")
+        async with self._entered(self._folder.new_checkpoint(state), f"the checkpoint of step {state.step}") as new:
+            new.add("learner", await self._learner.save(new.place / "learner"))
+            new.add("policy", await self._learner.export(new.place / "policy"))
             await self._in_thread(new.seal, what=f"the checkpoint of step {state.step} to be on the disk")
         await self._saved(state.step)
 
@@ -99,6 +100,18 @@ class LearnerKeeper:
         prune = partial(self._folder.prune, self._keep, step)
         for line in await self._in_thread(prune, what="checkpoints that nobody needs to be deleted"):
             self._warn(line)
+
+    @asynccontextmanager
+    async def _entered(self, manager: AbstractContextManager[T], what: str) -> AsyncIterator[T]:
+        """A context that is entered and left in a thread, for what it does there may take its time."""
+        entered = await self._in_thread(manager.__enter__, what=f"{what} to be begun")
+        try:
+            yield entered
+        except BaseException as error:
+            leave = partial(manager.__exit__, type(error), error, error.__traceback__)
+            await self._in_thread(leave, what=f"{what} to be given up")
+            raise
+        await self._in_thread(partial(manager.__exit__, None, None, None), what=f"{what} to be complete")
 
     async def _in_thread(self, work: Callable[[], T], *, what: str) -> T:
         return await in_thread(work, self._timeout, what=what, causes="a file system that hangs")

@@ -16,7 +16,6 @@ prompts that are sampled again. The ledger says where each prompt ended.
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -28,7 +27,7 @@ from ray_rl.collector import Collector, RunStopped
 from ray_rl.config import RunConfig
 from ray_rl.config.rollout import ActorRange
 from ray_rl.deadlines import end, first_of, in_thread
-from ray_rl.errors import NotWritten, RunError, first_error, writing
+from ray_rl.errors import NotWritten, RunError, first_error
 from ray_rl.evaluation import evaluate
 from ray_rl.journal import Journal
 from ray_rl.learner_keeper import LearnerKeeper
@@ -361,11 +360,8 @@ class Orchestrator:
         if self._config.evaluation.at_end and not self._due(self._config.evaluation.every):
             await self._evaluate_in_any_case()
         self._journal.begin("saving")
-        trained = self._folder.checkpoint(self._step) / "policy"
-        copy = partial(shutil.copytree, trained, self._folder.final, dirs_exist_ok=True)
-        with writing(self._folder.final):
-            seconds = self._config.learner.step_timeout
-            await in_thread(copy, seconds, what=f"the trained policy to lie in {self._folder.final}")
+        finish = partial(self._folder.finish, self._step)
+        await in_thread(finish, self._config.learner.step_timeout, what="the trained policy to lie in final/")
 
     async def _evaluate(self) -> Mapping[str, float]:
         self._journal.begin(f"evaluating on {len(self._evaluation_prompts)} held-out problems")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from ray_rl.errors import RunError
+from ray_rl.inventory import FileEntry
+from ray_rl.object_store import Place
 from ray_rl.types import GroupSummary, Prompt, ScoredSample, StepStats
 from ray_rl.weight_manifest import Probe
 
@@ -150,14 +151,14 @@ class Learner(Protocol):
     async def publish(self, version: int, receivers: Sequence[Receiver]) -> PublishedWeights:
         """The current policy as a new version."""
 
-    async def save(self, folder: Path) -> None:
-        """Everything a resumed run needs of the learner."""
+    async def save(self, folder: Place) -> Mapping[str, FileEntry]:
+        """Everything a resumed run needs of the learner; what was put into a store, nothing where the folder is a path."""
 
-    async def load(self, folder: Path) -> None:
+    async def load(self, folder: Place) -> None:
         """The inverse of `save`, for a learner that has not trained since it (re)started."""
 
-    async def export(self, folder: Path) -> None:
-        """The policy in Hugging Face format."""
+    async def export(self, folder: Place) -> Mapping[str, FileEntry]:
+        """The policy in Hugging Face format. Returns as `save` does."""
 
     async def restart(self) -> None:
         """End what is left of the ranks and start new ones, with the initial policy."""

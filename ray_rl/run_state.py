@@ -20,6 +20,7 @@ from ray_rl.checkpoints import Checkpoints, NewCheckpoint, RunState
 from ray_rl.config.run import RunConfig
 from ray_rl.errors import ConfigError, RunError, writing
 from ray_rl.inventory import Damaged, write_atomically
+from ray_rl.object_store import Place
 
 __all__ = ["NewCheckpoint", "RunFolder", "RunState", "Start"]
 
@@ -89,8 +90,18 @@ class RunFolder:
 
     @property
     def final(self) -> Path:
-        """Where the trained policy lies when the run has ended, in Hugging Face format."""
+        """Where `finish` leaves the policy, in Hugging Face format."""
         return self.path / "final"
+
+    @property
+    def where(self) -> str:
+        """What a user calls it by."""
+        return str(self.path)
+
+    def finish(self, step: int) -> None:
+        """The run has ended at a step: leave its policy where users look for it, in ``final/``."""
+        with writing(self.final):
+            shutil.copytree(self._checkpoints.path(step) / "policy", self.final, dirs_exist_ok=True)
 
     @property
     def ledger(self) -> Path:
@@ -125,7 +136,7 @@ class RunFolder:
             raise ConfigError(f"{path}: holds no options any more; bring it back from a copy, or begin a new run")
         return data
 
-    def checkpoint(self, step: int) -> Path:
+    def checkpoint(self, step: int) -> Place:
         """Where the checkpoint of a step lies or would lie."""
         return self._checkpoints.path(step)
 
@@ -145,7 +156,7 @@ class RunFolder:
         state, notes = self._checkpoints.newest_whole(instead="going on from")
         if state is None and notes:
             mend = "bring one back from a copy, or begin a new run"
-            raise RunError(f"{self.path}: no checkpoint is whole: {'; '.join(notes)}; {mend}")
+            raise RunError(f"{self.where}: no checkpoint is whole: {'; '.join(notes)}; {mend}")
         return Start(state=state or RunState.new(int(self.config_data().get("seed", 0))), notes=tuple(notes))
 
     def latest_state(self) -> RunState:
@@ -176,13 +187,13 @@ class RunFolder:
                 self._checkpoints.check(step, "policy/")
             except Damaged as error:
                 raise ConfigError(f"{self.checkpoint(step)}: {error}; use another step") from error
-            return self.checkpoint(step) / "policy"
+            return self._at_hand(self.checkpoint(step) / "policy")
         state, notes = self._checkpoints.newest_whole("policy/", instead="using")
         if state is None:
-            raise ConfigError(f"{self.path}: {'; '.join(notes) or 'the run has no checkpoint yet'}")
+            raise ConfigError(f"{self.where}: {'; '.join(notes) or 'the run has no checkpoint yet'}")
         for note in notes:
-            logger.warning("%s: %s", self.path, note)
-        return self.checkpoint(state.step) / "policy"
+            logger.warning("%s: %s", self.where, note)
+        return self._at_hand(self.checkpoint(state.step) / "policy")
 
     def new_checkpoint(self, state: RunState) -> AbstractContextManager[NewCheckpoint]:
         """`Checkpoints.new`: a folder that becomes the checkpoint of the state's step, or is not there."""
@@ -233,10 +244,15 @@ class RunFolder:
                 with suppress(OSError):
                     entry.unlink()
 
+    def _at_hand(self, place: Place) -> Path:
+        """A folder of a checkpoint, on this machine."""
+        assert isinstance(place, Path)
+        return place
+
     def _require(self, step: int) -> None:
         if step not in self.steps():
             known = ", ".join(map(str, self.steps())) or "none"
-            raise ConfigError(f"{self.path}: no complete checkpoint of step {step}; there are: {known}")
+            raise ConfigError(f"{self.where}: no complete checkpoint of step {step}; there are: {known}")
 
 
 def _actor_logs(folder: Path) -> list[Path]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from ray_rl.config import RunConfig, load_config, resolve_config
 from ray_rl.doctor import require
 from ray_rl.errors import ConfigError
+from ray_rl.object_store import Place
+from ray_rl.run_places import create_run, is_run, open_run
 from ray_rl.run_report import is_complete
 from ray_rl.run_state import RunFolder
 
@@ -27,28 +29,28 @@ class Sitting:
     """For the user, one line each."""
 
     @classmethod
-    def new(cls, recipe: str, overrides: Sequence[str], run_dir: Path | None) -> Sitting:
+    def new(cls, recipe: str, overrides: Sequence[str], run_dir: Place | None) -> Sitting:
         """A run that has not begun; without `run_dir`, in a folder of its own below runs/."""
         config = load_config(recipe, overrides)
         warnings = require(config, folder=run_dir or Path("runs"))
-        folder = RunFolder.create(run_dir, config)
+        folder = create_run(run_dir, config)
         return cls(config=config, folder=folder, is_new=True, is_repeated=False, warnings=warnings)
 
     @classmethod
-    def resumed(cls, run: Path, overrides: Sequence[str]) -> Sitting:
+    def resumed(cls, run: Place, overrides: Sequence[str]) -> Sitting:
         """A run that is there, by the configuration it was last started with."""
-        folder = RunFolder.open(run)
+        folder = open_run(run)
         config = resolve_config(folder.config_data(), overrides)
-        warnings = require(config, folder=folder.path)
+        warnings = require(config, folder=run)
         return cls(config=config, folder=folder, is_new=False, is_repeated=False, warnings=warnings)
 
     @classmethod
-    def repeated(cls, recipe: str, overrides: Sequence[str], run_dir: Path) -> Sitting:
+    def repeated(cls, recipe: str, overrides: Sequence[str], run_dir: Place) -> Sitting:
         """The run in a folder by the recipe as it is given now, begun where none is there."""
         config = load_config(recipe, overrides)
         warnings = require(config, folder=run_dir)
-        is_new = not RunFolder.is_run(run_dir)
-        folder = RunFolder.create(run_dir, config) if is_new else RunFolder.open(run_dir)
+        is_new = not is_run(run_dir)
+        folder = create_run(run_dir, config) if is_new else open_run(run_dir)
         return cls(config=config, folder=folder, is_new=is_new, is_repeated=True, warnings=warnings)
 
     @property
@@ -58,7 +60,7 @@ class Sitting:
 
 
 def choose(
-    recipe: str | None, overrides: Sequence[str], *, run_dir: Path | None, resume: Path | None, continued: bool
+    recipe: str | None, overrides: Sequence[str], *, run_dir: Place | None, resume: Place | None, continued: bool
 ) -> Sitting:
     """The sitting that the options of `ray-rl train` ask for.
 

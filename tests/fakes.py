@@ -1,9 +1,10 @@
 """Small stand-ins for what lies behind a protocol, and short ways to make the shared records."""
 
 import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
+from ray_rl.inventory import FileEntry
+from ray_rl.object_store import ObjectStore, Place
 from ray_rl.protocols import (
     ActorStatus,
     CollectedGroup,
@@ -158,19 +159,29 @@ class FakeLearner:
         self._live(f"publish {version}")
         return PublishedWeights(version=version, payload=None, probe=_no_probe)
 
-    async def save(self, folder: Path) -> None:
+    async def save(self, folder: Place) -> Mapping[str, FileEntry]:
         self._live("save")
-        folder.mkdir(parents=True)
-        (folder / "weights.json").write_text(json.dumps(self.weights))
+        return self._put(folder, "weights.json")
 
-    async def load(self, folder: Path) -> None:
+    async def load(self, folder: Place) -> None:
         self._live("load")
-        self.weights = json.loads((folder / "weights.json").read_text())
+        if isinstance(folder, ObjectStore):
+            self.weights = json.loads(folder.read("weights.json"))
+        else:
+            self.weights = json.loads((folder / "weights.json").read_text())
 
-    async def export(self, folder: Path) -> None:
+    async def export(self, folder: Place) -> Mapping[str, FileEntry]:
         self._live("export")
+        return self._put(folder, "policy.json")
+
+    def _put(self, folder: Place, name: str) -> dict[str, FileEntry]:
+        text = json.dumps(self.weights)
+        if isinstance(folder, ObjectStore):
+            folder.write(name, text.encode())
+            return {name: folder.entry(name)}
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "policy.json").write_text(json.dumps(self.weights))
+        (folder / name).write_text(text)
+        return {}
 
     async def restart(self) -> None:
         self.alive, self.weights = True, []

@@ -22,6 +22,8 @@ KERNEL = (
     "ray_rl.deadlines",
     "ray_rl.errors",
     "ray_rl.garbage",
+    "ray_rl.inventory",
+    "ray_rl.object_store",
     "ray_rl.stacks",
     "ray_rl.wording",
     "ray_rl.redaction",
