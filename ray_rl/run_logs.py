@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,19 +32,22 @@ def log_environment(folder: Path | None, component: str) -> dict[str, str]:
     return {} if folder is None else {LOG_FILE: str(folder / f"{component}.log")}
 
 
-def keep_log(*apart: str) -> None:
+def keep_log(*apart: str, shown: bool = True) -> None:
     """Log into the file that the environment names, if it does and its folder can be reached from here.
 
     Args:
         apart: loggers that hand nothing on to the root logger and are to be kept too. To be called after their libraries'
             imports, which set them up.
+        shown: whether warnings go to standard error as well, as they do in a process that keeps no log.
     """
     path = Path(os.environ.get(LOG_FILE, ""))
     if not path.name or not path.parent.is_dir():
         return
     handler = _LogFile(path)
-    for name in ("", *apart):
+    for name in apart:
         logging.getLogger(name).addHandler(handler)
+    for one in _with_screen(handler) if shown else [handler]:
+        logging.getLogger().addHandler(one)
     _hear_ours()
 
 
@@ -66,8 +70,7 @@ def driver_log(folder: Path) -> Iterator[Callable[[str], None]]:
     told = logging.Logger("run")  # stands below no other logger, so that nobody shows its lines once more
     told.addHandler(handler)
     root = logging.getLogger()
-    # Python shows warnings by itself only as long as nobody handles them.
-    added = [handler] if root.handlers or logging.lastResort is None else [handler, logging.lastResort]
+    added = _with_screen(handler)
     for one in added:
         root.addHandler(one)
     _hear_ours()
@@ -99,6 +102,26 @@ class _LogFile(logging.Handler):
             return
         with suppress(OSError), self._path.open("ab", buffering=0) as file:
             file.write(f"{line}\n".encode(errors="backslashreplace"))
+
+
+class _Screen(logging.Handler):
+    """Warnings on standard error, as Python shows them by itself as long as nobody handles them, but without secrets."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.setFormatter(RedactingFormatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a record where standard error leads at the moment: a live bar redirects it."""
+        try:
+            print(self.format(record), file=sys.stderr)
+        except (TypeError, ValueError, OSError):
+            self.handleError(record)
+
+
+def _with_screen(handler: logging.Handler) -> list[logging.Handler]:
+    """For the root logger."""
+    return [handler] if logging.getLogger().handlers else [handler, _Screen()]
 
 
 def _hear_ours() -> None:

@@ -101,7 +101,7 @@ OPEN = {"wandb": _wandb, "trackio": _trackio, "mlflow": _mlflow}
 def main() -> None:
     """Read messages to their end. Exit code 1: the tracker does not work."""
     messages, reasons = _take_streams()
-    keep_log("wandb", "trackio", "mlflow")
+    keep_log("wandb", "trackio", "mlflow", shown=False)
     try:
         start = json.loads(next(messages))
         with OPEN[start["options"]["kind"]](start) as log:

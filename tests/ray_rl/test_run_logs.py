@@ -48,7 +48,7 @@ def test_an_actor_logs_into_its_file_what_it_and_its_children_say(tmp_path):
     child = "from ray_rl.run_logs import keep_log; import logging; keep_log(); logging.warning('of a child')"
     subprocess.run([sys.executable, "-c", child], check=True)
     """
-    run(program, **environment)
+    assert run(program, **environment).splitlines() == ["enough", "of a child"]
     run(program, **environment)
     lines = (tmp_path / "rollout-0.log").read_text().splitlines()
     assert [line.rpartition(": ")[2] for line in lines] == ["of an engine", "of ours", "enough", "of a child"] * 2
@@ -90,7 +90,7 @@ def test_no_log_holds_a_secret(tmp_path):
         except ValueError:
             logging.getLogger("ray_rl").exception("c %s", "{SENTINEL}")
     """
-    run(program)
+    assert SENTINEL not in run(program)
     text = (tmp_path / "driver.log").read_text()
     assert SENTINEL not in text
     assert text.count(MASK) >= 3
