@@ -20,7 +20,7 @@ from actors.verdicts import shortened
 from ray_rl.config.reward import ExactRewardConfig, PythonRewardConfig, RewardConfig
 from ray_rl.config.run import RunConfig
 from ray_rl.deadlines import Deadline, DeadlineExceeded, first_of, wait
-from ray_rl.run_logs import keep_log, log_environment
+from ray_rl.run_logs import component_log, keep_log
 from ray_rl.types import Reward, ScoringItem
 
 MAX_BATCH = 32
@@ -46,8 +46,8 @@ _log = logging.getLogger(__name__)
 class RewardActor:
     """A process pool that scores, reachable over Ray. It can be restarted: it has no state but its counters."""
 
-    def __init__(self, config: PooledRewardConfig) -> None:
-        keep_log()
+    def __init__(self, config: PooledRewardConfig, log: Path | None = None) -> None:
+        keep_log(log)
         self._scorer = ProcessPoolScorer(config)
 
     async def start(self) -> None:
@@ -92,12 +92,9 @@ def create_reward_actors(config: RunConfig, logs: Path | None = None) -> list[An
         return []
     if isinstance(reward, PythonRewardConfig):
         check_python_function(reward.function)
+    options = RewardActor.options(num_cpus=config.reward_actors.cpus_per_actor)  # type: ignore[attr-defined]
     return [
-        RewardActor.options(  # type: ignore[attr-defined]
-            num_cpus=config.reward_actors.cpus_per_actor,
-            runtime_env={"env_vars": log_environment(logs, f"reward-{index}")},
-        ).remote(reward)
-        for index in range(config.reward_actors.actors)
+        options.remote(reward, component_log(logs, f"reward-{index}")) for index in range(config.reward_actors.actors)
     ]
 
 

@@ -38,9 +38,15 @@ class RolloutActor:
     """One engine, its rollouts, and the receiving end of weight publications."""
 
     def __init__(
-        self, config: RunConfig, model_path: str, run_id: str, seed: int, reward_actors: Sequence[Any]
+        self,
+        config: RunConfig,
+        model_path: str,
+        run_id: str,
+        seed: int,
+        reward_actors: Sequence[Any],
+        log: Path | None = None,
     ) -> None:
-        keep_log()
+        keep_log(log)
         self._config = config
         self._model_path = model_path
         self._seed = seed

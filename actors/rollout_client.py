@@ -29,7 +29,7 @@ from ray_rl.config import RunConfig
 from ray_rl.deadlines import DeadlineExceeded, wait
 from ray_rl.errors import RunError, first_error
 from ray_rl.protocols import CollectedGroup, PublishedWeights, Receiver
-from ray_rl.run_logs import log_environment
+from ray_rl.run_logs import component_log
 from ray_rl.types import Prompt, ScoredSample
 from ray_rl.weight_manifest import Probe
 
@@ -140,9 +140,16 @@ def create_rollout_client(
             max_restarts=0,
             # Groups, answers to evaluation prompts, and room for what must not wait behind them.
             max_concurrency=100 + 8 * rollout.most_groups,
-            runtime_env={"env_vars": engine_environment(config) | log_environment(logs, f"rollout-{index}")},
+            runtime_env={"env_vars": engine_environment(config)},
         )
-        .remote(config, model_path, run_id, _engine_seed(config.seed, step, index), reward_actors)
+        .remote(
+            config,
+            model_path,
+            run_id,
+            _engine_seed(config.seed, step, index),
+            reward_actors,
+            component_log(logs, f"rollout-{index}"),
+        )
     )
     return RayRolloutClient(handle, f"rollout actor {index}")
 

@@ -23,7 +23,7 @@ from ray_rl.config.run import RunConfig
 from ray_rl.deadlines import Deadline, DeadlineExceeded, first_of, wait
 from ray_rl.errors import RunError
 from ray_rl.protocols import CollectedGroup, GroupsLost, LearnerDied, PublishedWeights, Receiver, TransferBroke
-from ray_rl.run_logs import log_environment
+from ray_rl.run_logs import component_log
 from ray_rl.types import StepStats
 from ray_rl.weight_manifest import ObjectStorePayload, Probe
 
@@ -277,13 +277,12 @@ class LearnerGroup:
         learner = self._config.learner
         # Ray shows each rank its own GPUs only, so that every rank's device is the first.
         env_vars = {"RANK": str(rank), "WORLD_SIZE": str(learner.ranks), "LOCAL_RANK": "0"}
-        env_vars |= log_environment(self._logs, f"learner-{rank}")
         if learner.gpus_per_rank == 0:
             env_vars["DS_ACCELERATOR"] = "cpu"
             env_vars |= {name: os.environ.get(name, value) for name, value in _CPU_MEMORY.items()}
         return LearnerActor.options(  # type: ignore[attr-defined]
             num_cpus=learner.cpus_per_rank, num_gpus=learner.gpus_per_rank, runtime_env={"env_vars": env_vars}
-        ).remote(self._config, self._model_path, self._run_id, rank)
+        ).remote(self._config, self._model_path, self._run_id, rank, component_log(self._logs, f"learner-{rank}"))
 
 
 class _KeptProbe:

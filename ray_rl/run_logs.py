@@ -2,9 +2,8 @@
 
     driver.log  rollout-0.log (its engine's process too)  learner-0.log  reward-0.log (its graders too)
 
-An actor is told its file through its environment, which the processes below it inherit. It writes where the run's folder can
-be reached from its node, which takes shared storage where there are several nodes; what actors print lies among Ray's own logs,
-wherever they are.
+An actor writes where the run's folder can be reached from its node, which takes shared storage where there are several nodes.
+What actors print lies among Ray's own logs, wherever they are.
 """
 
 from __future__ import annotations
@@ -27,13 +26,25 @@ _OURS = ("ray_rl", "actors", "learner")
 _FORMAT = "%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"
 
 
-def log_environment(folder: Path | None, component: str) -> dict[str, str]:
-    """The environment of an actor that logs: `component` names its file in a run's logs/. None: there is no such folder."""
-    return {} if folder is None else {LOG_FILE: str(folder / f"{component}.log")}
+def component_log(folder: Path | None, component: str) -> Path | None:
+    """Where a component logs, by the run's logs/; None where a run has no folder."""
+    return None if folder is None else folder / f"{component}.log"
 
 
-def keep_log(*apart: str, shown: bool = True) -> None:
-    """Log into the file that the environment names, if it does and its folder can be reached from here.
+def keep_log(path: Path | None, *apart: str) -> None:
+    """Log into a file, if its folder can be reached from here, and let the processes that this one starts do so too.
+
+    Args:
+        path: of the file; None: nothing is kept.
+        apart: as `inherit_log`.
+    """
+    if path is not None:
+        os.environ[LOG_FILE] = str(path)
+        inherit_log(*apart)
+
+
+def inherit_log(*apart: str, shown: bool = True) -> None:
+    """Log into the file of the process that started this one, if it has one.
 
     Args:
         apart: loggers that hand nothing on to the root logger and are to be kept too. To be called after their libraries'

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ray_rl.run_logs import keep_log
+from ray_rl.run_logs import inherit_log
 
 logger = logging.getLogger("ray_rl.tracker_process")
 
@@ -104,7 +104,7 @@ def main() -> None:
     """Read messages to their end. Exit code 1: the tracker does not work."""
     threading.Thread(target=_outlive, args=(os.getppid(),), name="driver-watch", daemon=True).start()
     messages, reasons = _take_streams()
-    keep_log("wandb", "trackio", "mlflow", shown=False)
+    inherit_log("wandb", "trackio", "mlflow", shown=False)
     try:
         start = json.loads(next(messages))
         with OPEN[start["options"]["kind"]](start) as log:
