@@ -20,7 +20,7 @@ from actors.verdicts import shortened
 from ray_rl.config.reward import ExactRewardConfig, PythonRewardConfig, RewardConfig
 from ray_rl.config.run import RunConfig
 from ray_rl.deadlines import Deadline, DeadlineExceeded, first_of, wait
-from ray_rl.run_logs import begin_log, log_file
+from ray_rl.run_logs import component_log, keep_log
 from ray_rl.types import Reward, ScoringItem
 
 MAX_BATCH = 32
@@ -47,7 +47,7 @@ class RewardActor:
     """A process pool that scores, reachable over Ray. It can be restarted: it has no state but its counters."""
 
     def __init__(self, config: PooledRewardConfig, log: Path | None = None) -> None:
-        begin_log(log)
+        keep_log(log)
         self._scorer = ProcessPoolScorer(config)
 
     async def start(self) -> None:
@@ -96,7 +96,7 @@ def create_reward_actors(config: RunConfig, logs: Path | None = None) -> list[An
     options = RewardActor.options(  # type: ignore[attr-defined]
         num_cpus=actors.cpus_per_actor, resources=actors.resources, label_selector=actors.labels
     )
-    return [options.remote(reward, log_file(logs, f"reward-{index}")) for index in range(actors.actors)]
+    return [options.remote(reward, component_log(logs, f"reward-{index}")) for index in range(actors.actors)]
 
 
 async def start_reward_actors(handles: Sequence[Any], seconds: float) -> None:

@@ -19,7 +19,7 @@ from actors.reward_actor import make_scorer
 from actors.rollout import Rollout, summarize
 from ray_rl.config import RunConfig
 from ray_rl.deadlines import in_thread, result, wait
-from ray_rl.run_logs import begin_log
+from ray_rl.run_logs import keep_log
 from ray_rl.stacks import stacks
 from ray_rl.tokenizer import load_tokenizer
 from ray_rl.types import GroupSummary, Prompt, ScoredSample, TrajectoryGroup
@@ -46,7 +46,7 @@ class RolloutActor:
     ) -> None:
         # Before anything imports torch or vllm. Handed to Ray it would cost a second, in which Ray's agent for that comes up.
         prepare_environment(config)
-        begin_log(log)
+        keep_log(log)
         self._config = config
         self._model_path = model_path
         self._seed = seed

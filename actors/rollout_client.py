@@ -28,7 +28,7 @@ from ray_rl.config import RunConfig
 from ray_rl.deadlines import DeadlineExceeded, wait
 from ray_rl.errors import RunError, first_error
 from ray_rl.protocols import CollectedGroup, PublishedWeights, Receiver
-from ray_rl.run_logs import log_file
+from ray_rl.run_logs import component_log
 from ray_rl.types import Prompt, ScoredSample
 from ray_rl.weight_manifest import Probe
 
@@ -129,7 +129,7 @@ def create_rollout_client(
     # Ray prints the error of each answer that nobody fetched; of a group that failed here the summary's is enough.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     rollout = config.rollout
-    log = log_file(logs, f"rollout-{index}")
+    log = component_log(logs, f"rollout-{index}")
     handle = (
         ray.remote(concurrency_groups={STACKS_GROUP: 1})(kind)
         .options(

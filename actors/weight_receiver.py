@@ -29,7 +29,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.platforms import current_platform
 
 from actors.engine_args import OWNER_PID, WEIGHT_BACKEND
-from ray_rl.run_logs import keep_log
+from ray_rl.run_logs import inherit_log
 from ray_rl.weight_file import sweep_dead
 from ray_rl.weight_manifest import TensorEntry, WeightManifest, WeightTransferError, digest_bytes
 
@@ -193,4 +193,4 @@ def _watch(owner: int, parent: int) -> None:
 
 _register()
 _die_with_owner()
-keep_log("vllm")
+inherit_log("vllm")

@@ -46,10 +46,11 @@ class LearnerActor:
         model_path: folder or Hugging Face name of the initial policy.
         run_id: under which the run's files lie in each node's memory.
         rank: of this process, in range(config.learner.ranks).
+        log: where it logs, if it does.
     """
 
-    def __init__(self, config: RunConfig, model_path: str, run_id: str, rank: int) -> None:
-        keep_log("DeepSpeed")
+    def __init__(self, config: RunConfig, model_path: str, run_id: str, rank: int, log: Path | None = None) -> None:
+        keep_log(log, "DeepSpeed")
         self._config = config
         self._model_path = model_path
         self._run_id = run_id

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_rl.config.run import RunConfig
-from ray_rl.run_logs import log_environment
+from ray_rl.run_logs import component_log
 
 _CPU_MEMORY = {
     # glibc would give the memory of each large tensor back to the system and fetch it anew, zeroed page by page, for the next
@@ -40,10 +40,9 @@ def start_ranks(
     for rank, place in enumerate(places):
         # Ray shows each rank its own GPUs only, so that every rank's device is the first.
         env_vars = {"RANK": str(rank), "WORLD_SIZE": str(len(places)), "LOCAL_RANK": "0"}
-        env_vars |= log_environment(logs, f"learner-{rank}")
         if config.learner.gpus_per_rank == 0:
             env_vars["DS_ACCELERATOR"] = "cpu"
             env_vars |= {name: os.environ.get(name, value) for name, value in _CPU_MEMORY.items()}
         options = LearnerActor.options(**place, runtime_env={"env_vars": env_vars})  # type: ignore[attr-defined]
-        handles.append(options.remote(config, model_path, run_id, rank))
+        handles.append(options.remote(config, model_path, run_id, rank, component_log(logs, f"learner-{rank}")))
     return handles

@@ -180,8 +180,8 @@ def _failures(config: RunConfig, now: Metrics, past: Sequence[Metrics]) -> str |
     if not share > 0:
         return None
     return (
-        f"{share:.2%} of the step's gradings failed (the run stops at {config.reward.max_failure_share:.0%}); the reward "
-        "actors' log shows the texts"
+        f"{share:.2%} of the step's gradings failed (the run stops at {config.reward.max_failure_share:.0%}); "
+        "logs/reward-*.log shows the texts"
     )
 
 

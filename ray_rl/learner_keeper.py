@@ -75,7 +75,7 @@ class LearnerKeeper:
             if self.restarts >= self._max_restarts:
                 raise RunStopped(
                     f"learner.max_restarts: the learner died {self.restarts + 1} times in this sitting, the last time: "
-                    f"{death}; mend what kills it (its log is among Ray's), then go on with --resume, or raise the limit"
+                    f"{death}; mend what kills it (logs/learner-*.log, or Ray's), then go on with --resume, or raise the limit"
                 ) from death
             self.restarts += 1
             start = await self._in_thread(self._folder.find_start, what="the newest whole checkpoint to be found")

@@ -240,8 +240,8 @@ class Orchestrator:
         share, limit = metrics["reward/failures"], self._config.reward.max_failure_share
         if share > limit:
             raise RunStopped(
-                f"reward.max_failure_share: {share:.0%} of this step's gradings failed (limit {limit:.0%}); the reward "
-                "actors' log shows why. Mend the grader; where it is only slow, raise reward.timeout, reward.processes or "
+                f"reward.max_failure_share: {share:.0%} of this step's gradings failed (limit {limit:.0%}); "
+                "logs/reward-*.log shows why. Mend the grader; where it is only slow, raise reward.timeout, reward.processes or "
                 "reward_actors.actors; or raise the limit"
             )
         return metrics

@@ -2,9 +2,8 @@
 
     driver.log  rollout-0.log (its engine's process too)  learner-0.log  reward-0.log (its graders too)
 
-An actor is told its file, and leaves its name in the environment, which the processes below it inherit. It writes where the
-run's folder can be reached from its node, which takes shared storage where there are several nodes; what actors print lies among
-Ray's own logs, wherever they are.
+An actor writes where the run's folder can be reached from its node, which takes shared storage where there are several nodes.
+What actors print lies among Ray's own logs, wherever they are.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,37 +26,39 @@ _OURS = ("ray_rl", "actors", "learner")
 _FORMAT = "%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"
 
 
-def log_file(folder: Path | None, component: str) -> Path | None:
-    """The file of a component in a run's logs/. None: there is no such folder."""
+def component_log(folder: Path | None, component: str) -> Path | None:
+    """Where a component logs, by the run's logs/; None where a run has no folder."""
     return None if folder is None else folder / f"{component}.log"
 
 
-def log_environment(folder: Path | None, component: str) -> dict[str, str]:
-    """The environment of a process that is to `keep_log` in `log_file`."""
-    file = log_file(folder, component)
-    return {} if file is None else {LOG_FILE: str(file)}
+def keep_log(path: Path | None, *apart: str) -> None:
+    """Log into a file, if its folder can be reached from here, and let the processes that this one starts do so too.
+
+    Args:
+        path: of the file; None: nothing is kept.
+        apart: as `inherit_log`.
+    """
+    if path is not None:
+        os.environ[LOG_FILE] = str(path)
+        inherit_log(*apart)
 
 
-def begin_log(file: Path | None) -> None:
-    """`keep_log` in a file, here and in the processes that this one starts; None: in none."""
-    if file is not None:
-        os.environ[LOG_FILE] = str(file)
-    keep_log()
-
-
-def keep_log(*apart: str) -> None:
-    """Log into the file that the environment names, if it does and its folder can be reached from here.
+def inherit_log(*apart: str, shown: bool = True) -> None:
+    """Log into the file of the process that started this one, if it has one.
 
     Args:
         apart: loggers that hand nothing on to the root logger and are to be kept too. To be called after their libraries'
             imports, which set them up.
+        shown: whether warnings go to standard error as well, as they do in a process that keeps no log.
     """
     path = Path(os.environ.get(LOG_FILE, ""))
     if not path.name or not path.parent.is_dir():
         return
     handler = _LogFile(path)
-    for name in ("", *apart):
+    for name in apart:
         logging.getLogger(name).addHandler(handler)
+    for one in _with_screen(handler) if shown else [handler]:
+        logging.getLogger().addHandler(one)
     _hear_ours()
 
 
@@ -79,8 +81,7 @@ def driver_log(folder: Path) -> Iterator[Callable[[str], None]]:
     told = logging.Logger("run")  # stands below no other logger, so that nobody shows its lines once more
     told.addHandler(handler)
     root = logging.getLogger()
-    # Python shows warnings by itself only as long as nobody handles them.
-    added = [handler] if root.handlers or logging.lastResort is None else [handler, logging.lastResort]
+    added = _with_screen(handler)
     for one in added:
         root.addHandler(one)
     _hear_ours()
@@ -112,6 +113,26 @@ class _LogFile(logging.Handler):
             return
         with suppress(OSError), self._path.open("ab", buffering=0) as file:
             file.write(f"{line}\n".encode(errors="backslashreplace"))
+
+
+class _Screen(logging.Handler):
+    """Warnings on standard error, as Python shows them by itself as long as nobody handles them, but without secrets."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.setFormatter(RedactingFormatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a record where standard error leads at the moment: a live bar redirects it."""
+        try:
+            print(self.format(record), file=sys.stderr)
+        except (TypeError, ValueError, OSError):
+            self.handleError(record)
+
+
+def _with_screen(handler: logging.Handler) -> list[logging.Handler]:
+    """For the root logger."""
+    return [handler] if logging.getLogger().handlers else [handler, _Screen()]
 
 
 def _hear_ours() -> None:

@@ -10,20 +10,22 @@ import io
 import json
 import logging
 import os
-import signal
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ray_rl.run_logs import keep_log
+from ray_rl.run_logs import inherit_log
 
 logger = logging.getLogger("ray_rl.tracker_process")
 
-_END_SECONDS = 120
-"""After the last message, for a driver that does not wait any more, or is dead."""
+_END_SECONDS = 120.0
+"""For what is left to send when the driver is dead."""
+_LOOK_SECONDS = 1.0
 _PARAMETERS = 90
 """MLflow takes up to 100 at once."""
 
@@ -100,21 +102,29 @@ OPEN = {"wandb": _wandb, "trackio": _trackio, "mlflow": _mlflow}
 
 def main() -> None:
     """Read messages to their end. Exit code 1: the tracker does not work."""
+    threading.Thread(target=_outlive, args=(os.getppid(),), name="driver-watch", daemon=True).start()
     messages, reasons = _take_streams()
-    keep_log("wandb", "trackio", "mlflow")
+    inherit_log("wandb", "trackio", "mlflow", shown=False)
     try:
         start = json.loads(next(messages))
         with OPEN[start["options"]["kind"]](start) as log:
             for line in messages:
                 message = json.loads(line)
                 log(message["step"], message["metrics"])
-            signal.alarm(_END_SECONDS)
     # Whatever a library raises ends this process, and nothing but this process.
     except Exception as error:
         logger.exception("the tracker does not work")
         reasons.write(" ".join(f"{type(error).__name__}: {error}".split()))
         reasons.close()
         sys.exit(1)
+
+
+def _outlive(driver: int) -> None:
+    """End in time after the driver did, also where a library hangs; a living driver ends this process itself."""
+    while os.getppid() == driver:
+        time.sleep(_LOOK_SECONDS)
+    time.sleep(_END_SECONDS)
+    os._exit(1)
 
 
 def _take_streams() -> tuple[Iterator[str], IO[str]]:

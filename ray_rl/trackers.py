@@ -25,7 +25,7 @@ from typing import Any
 from ray_rl.config import RunConfig
 from ray_rl.deadlines import Deadline, DeadlineExceeded, join
 from ray_rl.redaction import redact, redacted
-from ray_rl.run_logs import log_environment
+from ray_rl.run_logs import LOG_FILE
 
 _MOST_PENDING = 4 * 2**20
 """Bytes; a step has a few thousand."""
@@ -106,7 +106,7 @@ class _Tracker:
             # It finds our code wherever this process found it.
             env={
                 **os.environ,
-                **log_environment(folder / "logs", f"tracker-{name}"),
+                LOG_FILE: str(self._log),
                 "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             },
             stdin=subprocess.PIPE,

@@ -87,7 +87,8 @@ class RayConfig(Section):
     object_store_mib: int = Field(512, ge=80)
     """Shared memory of a local Ray's object store."""
     log_to_driver: bool = False
-    """Repeat on this terminal what the actors print. It always lies in the logs of Ray's session."""
+    """Repeat on this terminal what the actors print, a line that many print once. It always lies in the logs of Ray's session;
+    what they log lies in `logs/` of the run's folder, too."""
     placement_timeout: float = Field(10.0, gt=0)
     """Seconds to wait for resources that a cluster lacks before saying what is missing. Where an autoscaler must first start
     machines, as long as that takes: first those of the learner's ranks, and when these have their places, the others."""

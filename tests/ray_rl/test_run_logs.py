@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ray_rl.progress import ConsoleProgress
 from ray_rl.redaction import MASK
-from ray_rl.run_logs import LOG_FILE, log_environment
+from ray_rl.run_logs import component_log
 from tests.little_room import with_little_room
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -20,7 +20,7 @@ SENTINEL = "sentinel-77aa01"
 
 def run(program: str, **environment: str) -> str:
     """What a program shows on standard error."""
-    head = "import logging\nfrom pathlib import Path\nfrom ray_rl.run_logs import driver_log, keep_log\n"
+    head = "import logging\nfrom pathlib import Path\nfrom ray_rl.run_logs import driver_log, inherit_log, keep_log\n"
     done = subprocess.run(
         [sys.executable, "-c", head + textwrap.dedent(program)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "HF_TOKEN": SENTINEL} | environment,
@@ -34,33 +34,34 @@ def run(program: str, **environment: str) -> str:
 
 
 def test_an_actor_logs_into_its_file_what_it_and_its_children_say(tmp_path):
-    environment = log_environment(tmp_path, "rollout-0")
-    program = """
+    program = f"""
     import subprocess, sys
     import logging.config
-    keep_log("apart")
-    logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})  # as vLLM's import does
+    keep_log(Path({str(tmp_path)!r}, "rollout-0.log"), "apart")
+    logging.config.dictConfig(dict(version=1, disable_existing_loggers=False))  # as vLLM's import does
     logging.getLogger("apart").propagate = False
     logging.getLogger("apart").error("of an engine")
     logging.getLogger("actors.x").info("of ours")
     logging.getLogger("other").info("too little")
     logging.getLogger("other").warning("enough")
-    child = "from ray_rl.run_logs import keep_log; import logging; keep_log(); logging.warning('of a child')"
+    child = "from ray_rl.run_logs import inherit_log; import logging; inherit_log(); logging.warning('of a child')"
     subprocess.run([sys.executable, "-c", child], check=True)
     """
-    run(program, **environment)
-    run(program, **environment)
+    assert run(program).splitlines() == ["enough", "of a child"]
+    run(program)
     lines = (tmp_path / "rollout-0.log").read_text().splitlines()
     assert [line.rpartition(": ")[2] for line in lines] == ["of an engine", "of ours", "enough", "of a child"] * 2
 
 
 def test_an_actor_that_cannot_reach_the_folder_goes_on_without(tmp_path):
     gone = tmp_path / "gone"
-    run("keep_log()\nlogging.warning('x')", **log_environment(gone, "rollout-0"))
+    assert run(f"keep_log(Path({str(gone)!r}, 'rollout-0.log'))\nlogging.getLogger('x').warning('x')") == "x\n"
     assert not gone.exists()
-    assert log_environment(None, "rollout-0") == {}
-    assert LOG_FILE not in os.environ
-    run("keep_log()")
+
+
+def test_without_a_folder_nothing_is_kept_nor_inherited():
+    assert component_log(None, "rollout-0") is None
+    assert run("keep_log(None)\ninherit_log()\nlogging.getLogger('x').warning('x')") == "x\n"
 
 
 def test_the_driver_keeps_what_it_tells_and_warnings_are_still_shown_once(tmp_path):
@@ -90,7 +91,7 @@ def test_no_log_holds_a_secret(tmp_path):
         except ValueError:
             logging.getLogger("ray_rl").exception("c %s", "{SENTINEL}")
     """
-    run(program)
+    assert SENTINEL not in run(program)
     text = (tmp_path / "driver.log").read_text()
     assert SENTINEL not in text
     assert text.count(MASK) >= 3
