@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+import ray
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from ray_rl.config import resolve_config
@@ -93,3 +94,13 @@ def test_a_ray_of_the_runs_own_has_room_for_more_actors_than_the_recipe_asks_for
     assert own_cpus(resolve_config({})) == 1 + 16
     assert own_cpus(resolve_config({"rollout": {"num_actors": 40}})) == 1 + 40
     assert own_cpus(resolve_config({"ray": {"num_cpus": 3}})) == 3
+
+
+def test_a_ray_of_the_runs_own_has_no_dashboard_and_so_no_job_server(monkeypatch):
+    for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    options = {}
+    monkeypatch.setattr(ray, "init", options.update)
+    with ray_session(resolve_config({})):
+        assert options["address"] == "local"
+        assert options["include_dashboard"] is False
