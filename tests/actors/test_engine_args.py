@@ -1,0 +1,31 @@
+import os
+
+import pytest
+
+from actors.engine_args import engine_args, engine_environment, prepare_environment
+from ray_rl.config import load_config
+
+
+def config(*overrides: str):
+    return load_config("laptop-grpo", list(overrides))
+
+
+@pytest.mark.parametrize(("overrides", "eager"), [((), True), (("rollout.enforce_eager=false",), False)])
+def test_an_engine_on_cpu_compiles_all_or_nothing(overrides, eager):
+    assert engine_args(config(*overrides), "model", seed=0)["enforce_eager"] is eager
+    assert ("TORCHDYNAMO_DISABLE" in engine_environment(config(*overrides))) is eager
+
+
+def test_an_engine_on_a_gpu_is_left_to_vllm():
+    on_gpu = config("rollout.gpus_per_actor=1")
+    assert engine_args(on_gpu, "model", seed=0).get("enforce_eager") is not True
+    assert "TORCHDYNAMO_DISABLE" not in engine_environment(on_gpu)
+
+
+def test_what_the_engine_inherits_is_in_its_parent_s_environment(monkeypatch):
+    for name in (*engine_environment(config()), "VLLM_CPU_KVCACHE_SPACE", "RAY_RL_ENGINE_OWNER_PID"):
+        monkeypatch.setenv(name, "of the shell")
+    prepare_environment(config())
+    assert engine_environment(config()).items() <= os.environ.items()
+    assert "VLLM_CPU_KVCACHE_SPACE" not in os.environ
+    assert os.environ["RAY_RL_ENGINE_OWNER_PID"] == str(os.getpid())
