@@ -10,15 +10,17 @@ def config(*overrides: str):
     return load_config("laptop-grpo", list(overrides))
 
 
-@pytest.mark.parametrize(("overrides", "eager"), [((), True), (("rollout.enforce_eager=false",), False)])
-def test_an_engine_on_cpu_compiles_all_or_nothing(overrides, eager):
-    assert engine_args(config(*overrides), "model", seed=0)["enforce_eager"] is eager
-    assert ("TORCHDYNAMO_DISABLE" in engine_environment(config(*overrides))) is eager
+@pytest.mark.parametrize(
+    ("chosen", "eager", "bare"), [("true", True, True), ("null", True, False), ("false", False, False)]
+)
+def test_an_engine_on_cpu_is_eager_unless_told_otherwise_and_compiles_nothing_at_all_when_asked(chosen, eager, bare):
+    asked = config(f"rollout.enforce_eager={chosen}")
+    assert engine_args(asked, "model", seed=0)["enforce_eager"] is eager
+    assert ("TORCHDYNAMO_DISABLE" in engine_environment(asked)) is bare
 
 
 def test_an_engine_on_a_gpu_is_left_to_vllm():
     on_gpu = config("rollout.gpus_per_actor=1")
-    assert engine_args(on_gpu, "model", seed=0).get("enforce_eager") is not True
     assert "TORCHDYNAMO_DISABLE" not in engine_environment(on_gpu)
 
 
