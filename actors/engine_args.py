@@ -75,7 +75,7 @@ def engine_environment(config: RunConfig) -> dict[str, str]:
         return common
     return {
         **common,
-        **({} if _compiles(config) else {"TORCHDYNAMO_DISABLE": "1"}),
+        **({"TORCHDYNAMO_DISABLE": "1"} if config.rollout.enforce_eager else {}),
         # Without this vLLM replaces `uni` by `mp` on CPU, in order to set OMP variables that are set below anyway.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": str(max(1, int(config.rollout.cpus_per_actor))),
@@ -112,16 +112,11 @@ def probe_tolerance(config: RunConfig) -> float:
     return _GPU_TOLERANCE if on_gpu(config) else _CPU_TOLERANCE
 
 
-def _compiles(config: RunConfig) -> bool:
-    """Of a CPU engine. Unless it does, two lines of its sampler would be all that is compiled: seconds at the first request."""
-    return config.rollout.enforce_eager is False
-
-
 def _cpu_args(config: RunConfig) -> dict[str, Any]:
     rollout = config.rollout
     return {
         # Compilation needs a C++ compiler and minutes; eager float32 agrees with the learner to 1e-6.
-        "enforce_eager": not _compiles(config),
+        "enforce_eager": True if rollout.enforce_eager is None else rollout.enforce_eager,
         # In vLLM's engine process itself: one process per engine instead of two (see also the environment).
         "distributed_executor_backend": "uni",
         # An explicit size also skips the demand for most of the machine's memory, and the warm-up that measures it.
