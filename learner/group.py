@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,29 @@ _FETCH_GRACE_SECONDS = 30.0
 class LearnerGroup:
     """Made by `start`. A verb that failed, but for GroupsLost and NotWritten, leaves only `restart` and `shutdown` to call."""
 
-    def __init__(self, config: RunConfig, model_path: str, run_id: str, *, may_grow: bool) -> None:
-        """As `start`, which also starts the ranks; here `begin` does, and may be preceded by `reserve`."""
+    def __init__(
+        self,
+        config: RunConfig,
+        model_path: str,
+        run_id: str,
+        *,
+        may_grow: bool,
+        homes: Callable[[], Sequence[str]] = tuple,
+    ) -> None:
+        """As `start`, which also starts the ranks; here `begin` does, and may be preceded by `reserve`.
+
+        Args:
+            config: as `start`.
+            model_path: as `start`.
+            run_id: as `start`.
+            may_grow: as `start`.
+            homes: says which nodes the ranks had best be on (`Places`).
+        """
         self._config = config
         self._model_path = model_path
         self._run_id = run_id
         self._may_grow = may_grow
+        self._homes = homes
         self._places: Places | None = None
         self._ranks: list[Any] = []
         self._sent_to: list[Any] | None = None
@@ -73,7 +90,7 @@ class LearnerGroup:
             DeadlineExceeded: `learner.start_timeout` passed; there is no room for them.
         """
         if self._places is None:
-            self._places = Places(self._config.learner)
+            self._places = Places(self._config.learner, self._homes())
         await self._places.ready()
 
     async def restart(self) -> None:

@@ -76,9 +76,9 @@ class Fit:
 def fit(bundles: Sequence[Bundle], nodes: Sequence[Node], packing: Packing, spare: Sequence[Node] = ()) -> Fit:
     """Give each bundle a node.
 
-    The learner's ranks first, as in a run, which reserves their places before anything else asks; then what asks for labels
-    or custom resources, then the largest (by GPUs, then by CPUs), each kind on the nodes that the fewest other kinds ask
-    for and on which least stays free. It can miss a packing that an exhaustive search would find.
+    What asks for labels or custom resources first, then the largest (by GPUs, then by CPUs; ranks that must be together count
+    as one), each kind on the nodes that the fewest other kinds ask for and on which least stays free. It can miss a packing
+    that an exhaustive search would find.
 
     Args:
         bundles: of all actors.
@@ -89,15 +89,17 @@ def fit(bundles: Sequence[Bundle], nodes: Sequence[Node], packing: Packing, spar
     places = [*(Place(node=node) for node in nodes), *(Place(node=node, is_spare=True) for node in spare)]
     kinds = Counter(bundles)
     left_out: list[Bundle] = []
-    for bundle in sorted(kinds, key=_precedence, reverse=True):
+    for bundle in sorted(kinds, key=lambda kind: _precedence(kind, kinds[kind], packing), reverse=True):
         share = _SHARES[packing] if bundle.role == LEARNER_RANKS else _one_by_one
         rivals = [other for other in kinds if other.is_choosy and other != bundle]
         left_out += [bundle] * _put(bundle, kinds[bundle], places, share, rivals)
     return Fit(places=tuple(places), left_out=tuple(left_out))
 
 
-def _precedence(bundle: Bundle) -> tuple[bool, bool, float, float]:
-    return bundle.role == LEARNER_RANKS, bundle.is_choosy, bundle.gpus, bundle.cpus
+def _precedence(bundle: Bundle, count: int, packing: Packing) -> tuple[bool, float, float, bool]:
+    is_rank = bundle.role == LEARNER_RANKS
+    together = count if is_rank and packing == "strict_pack" else 1
+    return bundle.is_choosy, bundle.gpus * together, bundle.cpus * together, is_rank
 
 
 Share = Callable[[Sequence[int], int], list[int]]

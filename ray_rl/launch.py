@@ -37,7 +37,7 @@ from ray_rl.ledger import Ledger
 from ray_rl.memory import MemoryWatch
 from ray_rl.model_files import check_model_folder
 from ray_rl.orchestrator import Orchestrator
-from ray_rl.placement import Demand, is_own_ray, unplaced_rollout_actors, wait_for_place
+from ray_rl.placement import Demand, is_own_ray, rank_homes, unplaced_rollout_actors, wait_for_place
 from ray_rl.progress import ConsoleProgress
 from ray_rl.prompt_stream import PromptStream, encode_problem
 from ray_rl.protocols import CollectedGroup
@@ -209,7 +209,7 @@ async def _actors(
 ) -> AsyncIterator[_Actors]:
     """All actors of a run, started side by side; ended together, whatever happens."""
     model, rollout = model_source(config), config.rollout
-    learner = LearnerGroup(config, model, run_id, may_grow=not is_own_ray(config)) if with_learner else None
+    learner = _learner(config, model, run_id) if with_learner else None
     reward_actors: list[Any] = []
     pool = ActorPool(
         lambda index: create_rollout_client(config, model, run_id, index, reward_actors=reward_actors, step=step),
@@ -248,6 +248,13 @@ async def _actors(
             finally:  # also when the user would not wait for the engines
                 await end_reward_actors(reward_actors)
                 sweep(run_id)
+
+
+def _learner(config: RunConfig, model: str, run_id: str) -> LearnerGroup:
+    def homes() -> Sequence[str]:
+        return rank_homes(config, cluster_nodes())
+
+    return LearnerGroup(config, model, run_id, may_grow=not is_own_ray(config), homes=homes)
 
 
 class _Recorder:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from ray_rl.config import RunConfig
 from ray_rl.config.bundle import LEARNER_RANKS, REWARD_ACTORS, ROLLOUT_ACTORS, Bundle, described
 from ray_rl.config.learner import Packing
-from ray_rl.config.nodes import Node
+from ray_rl.config.nodes import NODE_ID_LABEL, Node
 from ray_rl.errors import RunError
 from ray_rl.fit import fit
 
@@ -106,6 +106,24 @@ def unplaced_rollout_actors(config: RunConfig, nodes: Sequence[Node], size: int)
     """How many of `size` rollout actors would find no node beside the run's other actors."""
     left_out = unplaced(Demand.of(config, rollout_actors=size), nodes)
     return sum(bundle.role == ROLLOUT_ACTORS for bundle in left_out)
+
+
+def rank_homes(config: RunConfig, nodes: Sequence[Node]) -> list[str]:
+    """Ray's ids of the nodes on which the learner's ranks leave room for all others, a rank each; empty where none do.
+
+    For the most rollout actors that the run may have, if the cluster has room for them.
+    """
+    for size in (config.rollout.most_actors, config.rollout.least_actors):
+        demand = Demand.of(config, rollout_actors=size)
+        found = fit(demand.bundles, nodes, demand.packing)
+        if not found.left_out:
+            return [
+                place.node.labels[NODE_ID_LABEL]
+                for place in found.places
+                for bundle in place.bundles
+                if bundle.role == LEARNER_RANKS
+            ]
+    return []
 
 
 def no_place(waiting: int, size: int) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _GIB = 2**30
+NODE_ID_LABEL = "ray.io/node-id"
+"""The label in which Ray keeps a node's id."""
 _OWN_FIELDS = ("CPU", "GPU", "memory", "object_store_memory")
 
 

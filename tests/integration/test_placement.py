@@ -18,7 +18,7 @@ from ray_rl import deadlines
 from ray_rl.config import RunConfig, resolve_config
 from ray_rl.config.labels import is_selected
 from ray_rl.deadlines import DeadlineExceeded
-from ray_rl.placement import Demand, shortage, unplaced_rollout_actors
+from ray_rl.placement import Demand, rank_homes, shortage, unplaced_rollout_actors
 from ray_rl.ray_session import cluster_nodes
 from tests.running import SMALL, STEP_SECONDS, trained_steps, training
 
@@ -177,6 +177,19 @@ async def test_reserved_places_are_kept_from_rollout_actors_and_for_ranks_that_s
             ray.kill(client.handle)
 
 
+async def test_ranks_without_labels_leave_the_nodes_that_others_need() -> None:
+    config = asking({"learner": {"ranks": 1}, "rollout": {"num_actors": 1, "cpus_per_actor": 2}})
+    places = Places(config.learner, rank_homes(config, cluster_nodes()))
+    await places.ready()
+    client = create_rollout_client(config, "model", "run", 0, reward_actors=(), kind=StandIn)  # type: ignore[arg-type]
+    try:
+        assert numbers(ranks_in(places, 1)) == [None]
+        assert number_of(client.handle) == "1"
+    finally:
+        ray.kill(client.handle)
+        places.release()
+
+
 async def test_places_that_are_not_there_are_told_in_time() -> None:
     config = asking({"learner": {"ranks": 3, "packing": "strict_pack", "start_timeout": 1}})
     assert shortage(Demand.of(config), cluster_nodes()).startswith(
@@ -193,7 +206,7 @@ async def test_a_place_that_is_lost_with_its_node_is_found_anew(cluster: Cluster
     late = {"num_cpus": 1, "labels": {"pool": "late", "n": "4"}, "object_store_memory": 100 * 2**20}
     doomed = cluster.add_node(**late)
     cluster.wait_for_nodes(SECONDS)
-    places = Places(config.learner)
+    places = Places(config.learner, rank_homes(config, cluster_nodes()))
     await places.ready()
     first = ranks_in(places, 2)
     assert numbers(first) == ["1", "4"]

@@ -2,12 +2,13 @@ import pytest
 
 from ray_rl.config import resolve_config
 from ray_rl.config.bundle import Bundle
-from ray_rl.config.nodes import Node
+from ray_rl.config.nodes import NODE_ID_LABEL, Node
 from ray_rl.placement import (
     Demand,
     PlacementError,
     is_own_ray,
     knock,
+    rank_homes,
     shortage,
     unplaced,
     unplaced_rollout_actors,
@@ -77,7 +78,7 @@ def test_tenths_that_do_not_add_up_in_floating_point_still_fit():
 def test_the_sentence_names_what_finds_no_node_and_what_nodes_there_are():
     nodes = [node(8, 1), node(2), node(2)]
     assert shortage(demand(SMALL, SMALL, BIG), nodes) == (
-        "1 of 2 learner ranks (4 CPU, 1 GPU) and 1 of 1 rollout actors (1 CPU, 2 GPU) find no node; "
+        "1 of 1 rollout actors (1 CPU, 2 GPU) and 1 of 2 learner ranks (4 CPU, 1 GPU) find no node; "
         "the cluster has 2 nodes of 2 CPU each, a node of 8 CPU, 1 GPU"
     )
     assert shortage(demand(SMALL), []) == "1 of 1 learner ranks (4 CPU, 1 GPU) finds no node; the cluster has no node"
@@ -102,6 +103,16 @@ def test_what_scale_asks_for_goes_where_labels_and_custom_resources_let_it():
     assert shortage(Demand.of(config), [rollout]) == (
         "1 of 1 learner ranks (1 CPU, pool=!rollout) finds no node; the cluster has a node of 8 CPU, 2 disk, pool=rollout"
     )
+
+
+def test_the_ranks_homes_are_where_they_leave_room_for_the_most_rollout_actors():
+    nodes = [
+        Node(name=name, cpus=cpus, labels={NODE_ID_LABEL: name}) for name, cpus in {"a": 2, "b": 2, "c": 1}.items()
+    ]
+    config = resolve_config({"rollout": {"cpus_per_actor": 2, "num_actors": {"min": 1, "max": 2}}})
+    assert rank_homes(config, nodes) == ["c"]
+    assert rank_homes(config, nodes[:2]) == ["b"]
+    assert rank_homes(config, nodes[:1]) == []
 
 
 async def test_the_error_names_what_is_missing_and_the_mend():
