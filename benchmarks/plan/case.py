@@ -30,7 +30,7 @@ _MEASURED: Mapping[str, Sequence[str]] = {
 _PREDICTED: Mapping[str, Sequence[str]] = {
     "16 prompts": ("training.prompts_per_step=16",),
     "64 prompts, which have to wait for places": ("training.prompts_per_step=64",),
-    "completions of at most 48 tokens": ("rollout.max_tokens=48",),
+    "completions of at most 24 tokens": ("rollout.max_tokens=24",),
     "max_staleness 1": ("training.max_staleness=1",),
     "2 actors": ("rollout.num_actors=2",),
     "2 actors, max_staleness 1": ("rollout.num_actors=2", "training.max_staleness=1"),
