@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 from benchmarks.plan.rates import Rates, resolve_rates
 from benchmarks.plan.runs import rates_of_runs
 from benchmarks.plan.simulation import Split, forecast
-from benchmarks.suite import Case, CaseResult, Options, machine, metrics_of_steps
+from benchmarks.suite import Case, CaseResult, Options, machine, median, metrics_of_steps
 from ray_rl.config import RunConfig, load_config
 
 _RECIPE = "laptop-grpo"
@@ -31,7 +30,7 @@ _MEASURED: Mapping[str, Sequence[str]] = {
 _PREDICTED: Mapping[str, Sequence[str]] = {
     "16 prompts": ("training.prompts_per_step=16",),
     "64 prompts, which have to wait for places": ("training.prompts_per_step=64",),
-    "completions of at most 48 tokens": ("rollout.max_tokens=48",),
+    "completions of at most 24 tokens": ("rollout.max_tokens=24",),
     "max_staleness 1": ("training.max_staleness=1",),
     "2 actors": ("rollout.num_actors=2",),
     "2 actors, max_staleness 1": ("rollout.num_actors=2", "training.max_staleness=1"),
@@ -92,7 +91,7 @@ def _row(name: str, rates: Rates, folder: Path, *, measured: bool) -> dict[str, 
     overrides = {**_MEASURED, **_PREDICTED}[name]
     config = load_config(_RECIPE, [*_COMMON, *overrides])
     steps = _steps(folder)[_margin(config) : -_margin(config)]
-    seconds = statistics.fmean(step["timing/step"] for step in steps)
+    seconds = median([step["timing/step"] for step in steps])
     found = forecast(config, rates, Split(actors=config.rollout.least_actors, ranks=1), steps=16)
     return {
         "run": name,
@@ -100,9 +99,9 @@ def _row(name: str, rates: Rates, folder: Path, *, measured: bool) -> dict[str, 
         "step s, measured": seconds,
         "predicted": found.step_seconds,
         "predicted / measured": found.step_seconds / seconds,
-        "learner idle, measured": 1 - sum(step["timing/train"] for step in steps) / len(steps) / seconds,
+        "learner idle, measured": 1 - median([step["timing/train"] / step["timing/step"] for step in steps]),
         "predicted ": found.learner_idle,
-        "rollouts idle, measured": sum(step["timing/engines_idle"] for step in steps) / len(steps) / seconds,
+        "rollouts idle, measured": median([step["timing/engines_idle"] / step["timing/step"] for step in steps]),
         "predicted  ": found.rollout_idle,
     }
 

@@ -16,7 +16,7 @@ from ray_rl.config.cluster_shape import ClusterShape, load_shape
 from ray_rl.errors import ConfigError, RunError
 from tests.benchmarks.test_plan_simulation import rates_of, recipe
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "benchmarks" / "plan"
+ROOT = Path(__file__).resolve().parents[2]
 GPU_RECIPE = {
     "rollout": {"group_size": 4, "max_tokens": 120, "max_sequences": 64, "gpus_per_actor": 1},
     "learner": {"gpus_per_rank": 1},
@@ -110,8 +110,8 @@ def test_what_cannot_be_planned_is_said():
 
 
 def test_512_gpus_are_planned_within_seconds():
-    rates = resolve_rates(read_rates(EXAMPLES / "example_rates.yaml"))
-    shape = with_gpus(load_shape(EXAMPLES / "example_cluster.yaml"), 512)
+    rates = resolve_rates(read_rates(ROOT / "benchmarks" / "plan" / "example_rates.yaml"))
+    shape = with_gpus(load_shape(ROOT / "deploy" / "shapes" / "one-node-8-gpus.yaml"), 512)
     config = scaled_batch(load_config("gpu-node", ["training.max_staleness=1"]), 64)
     started = time.monotonic()
     plan = search(config, rates, Room.of(config, shape), most_groups=128)

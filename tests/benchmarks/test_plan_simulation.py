@@ -130,3 +130,10 @@ def test_decided_groups_that_are_refilled_cost_sampling():
     found = forecast(refilled, rates_of(decided_share=0.5), ONE)
     assert found.dropped > 2
     assert found.tokens_per_step == pytest.approx((8 + found.dropped) * 4 * 100)
+
+
+def test_the_same_simulation_in_real_time_really_waits():
+    quick = rates_of(engine={"tokens_per_second": {1: 1000, 64: 64000}}, learner={"tokens_per_second": 32000.0})
+    virtual, real = (forecast(recipe(), quick, ONE, steps=2, in_real_time=how) for how in (False, True))
+    assert virtual.step_seconds == pytest.approx(0.1 + 0.1)
+    assert virtual.step_seconds < real.step_seconds < 3 * virtual.step_seconds
