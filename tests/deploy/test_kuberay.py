@@ -112,7 +112,7 @@ def test_rays_autoscaler_finds_in_it_what_it_needs(file):
 def test_a_job_trains_a_recipe_that_exists_in_a_folder_on_the_shared_volume_and_goes_on_when_it_comes_back(file):
     config, options = training(ray_resource(file)["spec"]["entrypoint"])
     assert options["continued"]
-    assert options["run_dir"].is_relative_to("/shared")
+    assert Path(options["run_dir"]).is_relative_to("/shared")
     assert config.ray.address in ("local", "auto")  # which in a job both mean its cluster
 
 

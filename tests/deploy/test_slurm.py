@@ -122,7 +122,7 @@ def test_the_run_by_default_is_a_recipe_that_fits_on_the_nodes_and_goes_on(submi
     assert command[:2] == ["-m", "ray_rl"]
     options = parsed(command[2:])
     assert options["continued"]
-    assert options["run_dir"] == submission.folder / "runs" / "ray-rl"
+    assert Path(options["run_dir"]) == submission.folder / "runs" / "ray-rl"
     config = load_config(options["recipe"], options["overrides"])
     cpus, gpus = float(DIRECTIVES["cpus-per-task"]), float(DIRECTIVES["gpus-per-node"])
     pools = ["learner", *["rollout"] * (int(DIRECTIVES["nodes"]) - 1)]
