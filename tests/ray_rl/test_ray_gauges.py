@@ -76,6 +76,15 @@ def test_a_run_goes_on_when_its_gauges_cannot_be_set(caplog):
     assert "no status" in caplog.text
 
 
+def test_a_run_that_does_not_export_is_never_asked_what_it_is_doing():
+    async def run() -> int:
+        async with RayGauges("test", "folder", exports=False).shown(lambda: pytest.fail("asked")):
+            await asyncio.sleep(0)
+            return len(asyncio.all_tasks())
+
+    assert asyncio.run(run()) == 1
+
+
 def test_the_dashboard_shows_every_gauge_and_no_other():
     assert metric_names(expressions()) == EXPORTED
 
