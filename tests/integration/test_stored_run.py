@@ -1,4 +1,4 @@
-"""A run whose folder is a URL, with two ranks, from its beginning to the use of its policy; no sitting has files of the one before."""
+"""A run at a URL, with two ranks, from its beginning to the use of its policy; no sitting has files of the one before."""
 
 import json
 import os
