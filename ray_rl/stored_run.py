@@ -67,7 +67,7 @@ class StoredRun(RunFolder):
         try:
             run._fetch("config.yaml")
         except FileNotFoundError as error:
-            raise ConfigError(f"{store}: not a run folder (there is no config.yaml in it)") from error
+            raise _no_run(store) from error
         return run
 
     @property
@@ -167,8 +167,14 @@ def working_copy(store: ObjectStore) -> Path:
         ConfigError: it is not, or no run is going on there.
     """
     found = holder(store)
+    if found is None and "config.yaml" not in store.sizes():
+        raise _no_run(store)
     if found is None:
         raise ConfigError(f"{store}: no run is going on here; go on with this one: ray-rl train --resume {store}")
     if found.host != socket.gethostname() or not Path(found.folder).is_dir():
         raise ConfigError(f"{store}: {found} drives this run; ask there, of its working copy: {found.folder}")
     return Path(found.folder)
+
+
+def _no_run(store: ObjectStore) -> ConfigError:
+    return ConfigError(f"{store}: not a run folder (there is no config.yaml in it)")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,9 @@ def scratch(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> ObjectStore:
-    return ObjectStore.of(f"file://{tmp_path_factory.mktemp('store')}/runs/a")
+    """A folder here; or below RAY_RL_TEST_STORE, a URL, with its credentials in the environment."""
+    base = os.environ.get("RAY_RL_TEST_STORE", f"file://{tmp_path_factory.mktemp('store')}")
+    return ObjectStore.of(f"{base}/{uuid.uuid4().hex}")
 
 
 def run(scratch: Path, *arguments: str) -> str:
