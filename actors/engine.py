@@ -18,6 +18,7 @@ from actors.occupancy import Occupancy
 from ray_rl.config import RunConfig
 from ray_rl.deadlines import wait
 from ray_rl.errors import RunError
+from ray_rl.garbage import uncollected
 from ray_rl.types import Completion
 from ray_rl.weight_manifest import Probe, WeightManifest, WeightTransferError
 
@@ -202,10 +203,11 @@ class Engine:
         self._distrusted = None
 
     async def nccl(self, verb: NcclVerb, info: dict[str, Any]) -> None:
-        """One step of vLLM's own NCCL transfer, driven by learner.weight_publisher.NcclPublisher.
+        """One step of vLLM's own NCCL transfer, driven by learner.nccl_publisher.NcclPublisher.
 
         Args:
-            verb: `init` joins the group; `start` pauses the engine; `update` receives; `finish` labels and resumes.
+            verb: `init` leaves the group there was and joins another; `start` pauses the engine; `update` receives; `finish`
+                labels and resumes.
             info: vLLM's own for `init` and `update`; `{"version": int}` for `start` and `finish`.
 
         Raises:
@@ -216,6 +218,8 @@ class Engine:
         what = f"step {verb} of an NCCL transfer"
         with self._transfer(info.get("version", "next")):
             if verb == "init":
+                # vLLM would keep the communicator of a group that is no more, and its buffers on the GPU.
+                await self._control(self._llm.shutdown_weight_transfer_engine(), what=what)
                 await self._control(
                     self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info)), what=what
                 )
@@ -327,8 +331,9 @@ class Engine:
 
 
 def _load(args: dict[str, Any]) -> AsyncLLM:
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
+    with uncollected():
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
 
     try:
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))

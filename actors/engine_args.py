@@ -17,6 +17,12 @@ OWNER_PID = "RAY_RL_ENGINE_OWNER_PID"
 _GIB = 1024**3
 _CPU_KV_CACHE_GIB = 1.0
 
+_CPU_TOLERANCE = 1e-4
+# vLLM's only attention kernel for float32 on GPUs multiplies in TF32, which keeps 10 bits.
+_GPU_TOLERANCE = 0.05
+# In 16 bits a logit of 20 is a multiple of 1/8, and a probe has tokens that no policy would say.
+_HALF_TOLERANCE = 0.5
+
 
 def engine_args(config: RunConfig, model_path: str, seed: int) -> dict[str, Any]:
     """Keyword arguments of vLLM's AsyncEngineArgs.
@@ -56,7 +62,7 @@ def engine_args(config: RunConfig, model_path: str, seed: int) -> dict[str, Any]
 
 
 def engine_environment(config: RunConfig) -> dict[str, str]:
-    """Environment variables that must be set in the engine's parent before it imports vllm (its children inherit them)."""
+    """Environment variables that the engine's parent must have before it imports torch or vllm; its children inherit them."""
     common = {
         # Its warnings are about choices that are made on purpose here; the user's own setting wins.
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
@@ -69,6 +75,7 @@ def engine_environment(config: RunConfig) -> dict[str, str]:
         return common
     return {
         **common,
+        **({} if _compiles(config) else {"TORCHDYNAMO_DISABLE": "1"}),
         # Without this vLLM replaces `uni` by `mp` on CPU, in order to set OMP variables that are set below anyway.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": str(max(1, int(config.rollout.cpus_per_actor))),
@@ -78,7 +85,7 @@ def engine_environment(config: RunConfig) -> dict[str, str]:
 
 
 def prepare_environment(config: RunConfig) -> None:
-    """Make this process ready to import vllm and to start an engine whose processes die with it."""
+    """Make this process ready to import torch and vllm and to start an engine whose processes die with it."""
     os.environ.update(engine_environment(config))
     # Where the user's shell sets it, it would override kv_cache_memory_bytes; no value of it means "unset".
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
@@ -96,11 +103,25 @@ def on_gpu(config: RunConfig) -> bool:
     return config.rollout.gpus_per_actor > 0
 
 
+def probe_tolerance(config: RunConfig) -> float:
+    """Largest difference of a log-probability, in nats, with which an engine still proves its weights."""
+    if config.weights.probe_tolerance is not None:
+        return config.weights.probe_tolerance
+    if config.model.dtype != "float32":
+        return _HALF_TOLERANCE
+    return _GPU_TOLERANCE if on_gpu(config) else _CPU_TOLERANCE
+
+
+def _compiles(config: RunConfig) -> bool:
+    """Of a CPU engine. Unless it does, two lines of its sampler would be all that is compiled: seconds at the first request."""
+    return config.rollout.enforce_eager is False
+
+
 def _cpu_args(config: RunConfig) -> dict[str, Any]:
     rollout = config.rollout
     return {
         # Compilation needs a C++ compiler and minutes; eager float32 agrees with the learner to 1e-6.
-        "enforce_eager": True if rollout.enforce_eager is None else rollout.enforce_eager,
+        "enforce_eager": not _compiles(config),
         # In vLLM's engine process itself: one process per engine instead of two (see also the environment).
         "distributed_executor_backend": "uni",
         # An explicit size also skips the demand for most of the machine's memory, and the warm-up that measures it.
@@ -115,7 +136,8 @@ def _gpu_args(config: RunConfig) -> dict[str, Any]:
         # The actor holds all GPUs of its engine on one node, so plain processes below it suffice; the `ray` backend would
         # ask Ray for the same GPUs a second time and wait for ever.
         "distributed_executor_backend": "mp" if rollout.tensor_parallel > 1 else "uni",
-        "gpu_memory_utilization": rollout.gpu_memory_share,
+        # vLLM counts in whole GPUs; of a part of one it may take as much of that part.
+        "gpu_memory_utilization": rollout.gpu_memory_share * min(1.0, rollout.gpus_per_actor),
     }
     if rollout.kv_cache_gib is not None:
         args["kv_cache_memory_bytes"] = int(rollout.kv_cache_gib * _GIB)

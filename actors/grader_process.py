@@ -34,6 +34,7 @@ from actors.rewards import Verifier, final_answer_of, make_verifier
 from actors.verdicts import Answer, Failed, pack, shortened, unpack
 from ray_rl.config.reward import MathRewardConfig, PythonRewardConfig, ReasoningGymRewardConfig
 from ray_rl.errors import RunError
+from ray_rl.run_logs import keep_log
 from ray_rl.types import Reward, ScoringItem
 
 PooledRewardConfig = MathRewardConfig | ReasoningGymRewardConfig | PythonRewardConfig
@@ -190,6 +191,7 @@ def grader_main(descriptor: int, parent: int) -> None:
     channel = Channel(socket.socket(fileno=descriptor))
     # A copy of this process that a verifier forks must neither answer nor hold the connection open when we are gone.
     os.register_at_fork(after_in_child=channel.close)
+    keep_log()
     try:
         config = pickle.loads(channel.receive())
         verifier = _guarded(lambda: _limited_verifier(config), config)

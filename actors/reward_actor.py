@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -19,6 +20,7 @@ from actors.verdicts import shortened
 from ray_rl.config.reward import ExactRewardConfig, PythonRewardConfig, RewardConfig
 from ray_rl.config.run import RunConfig
 from ray_rl.deadlines import Deadline, DeadlineExceeded, first_of, wait
+from ray_rl.run_logs import begin_log, log_file
 from ray_rl.types import Reward, ScoringItem
 
 MAX_BATCH = 32
@@ -44,12 +46,14 @@ _log = logging.getLogger(__name__)
 class RewardActor:
     """A process pool that scores, reachable over Ray. It can be restarted: it has no state but its counters."""
 
-    def __init__(self, config: PooledRewardConfig) -> None:
+    def __init__(self, config: PooledRewardConfig, log: Path | None = None) -> None:
+        begin_log(log)
         self._scorer = ProcessPoolScorer(config)
 
     async def start(self) -> None:
         """Bring the grader processes up. Raises GraderStartError with the reason when they don't come."""
         await self._scorer.start()
+        _log.info("the graders are up")
 
     async def score(self, items: Sequence[ScoringItem]) -> list[Reward]:
         """See `Scorer.score`."""
@@ -73,8 +77,12 @@ class RewardActor:
         self._scorer.close()
 
 
-def create_reward_actors(config: RunConfig) -> list[Any]:
+def create_reward_actors(config: RunConfig, logs: Path | None = None) -> list[Any]:
     """Ask Ray for the reward actors of a run, without waiting for them; none for a reward that is scored in place.
+
+    Args:
+        config: of the run.
+        logs: the run's logs/, if it has a folder.
 
     Raises:
         RewardFunctionError: `reward.function` names no usable function.
@@ -84,8 +92,11 @@ def create_reward_actors(config: RunConfig) -> list[Any]:
         return []
     if isinstance(reward, PythonRewardConfig):
         check_python_function(reward.function)
-    options = RewardActor.options(num_cpus=config.reward_actors.cpus_per_actor)  # type: ignore[attr-defined]
-    return [options.remote(reward) for _ in range(config.reward_actors.actors)]
+    actors = config.reward_actors
+    options = RewardActor.options(  # type: ignore[attr-defined]
+        num_cpus=actors.cpus_per_actor, resources=actors.resources, label_selector=actors.labels
+    )
+    return [options.remote(reward, log_file(logs, f"reward-{index}")) for index in range(actors.actors)]
 
 
 async def start_reward_actors(handles: Sequence[Any], seconds: float) -> None:

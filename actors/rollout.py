@@ -222,6 +222,8 @@ def _group(
     continuations = valuation.continuations() if valuation else ()
     cost = GroupCost(
         primary_tokens=sum(len(trajectory.completion.token_ids) for trajectory in trajectories),
+        prompt_tokens=len(prompt.token_ids) * len(trajectories),
+        cached_prompt_tokens=sum(trajectory.completion.cached_tokens for trajectory in trajectories),
         continuations=len(continuations),
         continuation_tokens=sum(len(continuation.completion.token_ids) for continuation in continuations),
         states=len(valuation.tree.states) if valuation else 0,

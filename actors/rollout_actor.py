@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,30 +13,40 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from actors.engine import Engine, NcclVerb
+from actors.engine_args import prepare_environment, probe_tolerance
 from actors.pool_member import WeightsGone
 from actors.reward_actor import make_scorer
 from actors.rollout import Rollout, summarize
 from ray_rl.config import RunConfig
 from ray_rl.deadlines import in_thread, result, wait
+from ray_rl.run_logs import begin_log
 from ray_rl.stacks import stacks
 from ray_rl.tokenizer import load_tokenizer
 from ray_rl.types import GroupSummary, Prompt, ScoredSample, TrajectoryGroup
 from ray_rl.weight_file import NodeWeightFile
 from ray_rl.weight_manifest import ObjectStorePayload, Probe, WeightTransferError
 
+logger = logging.getLogger(__name__)
+
 STACKS_GROUP = "stacks"
 """Ray's concurrency group, and so the thread, of `RolloutActor.stacks`."""
-
-_FLOAT32_TOLERANCE = 1e-4
-_HALF_TOLERANCE = 0.25
 
 
 class RolloutActor:
     """One engine, its rollouts, and the receiving end of weight publications."""
 
     def __init__(
-        self, config: RunConfig, model_path: str, run_id: str, seed: int, reward_actors: Sequence[Any]
+        self,
+        config: RunConfig,
+        model_path: str,
+        run_id: str,
+        seed: int,
+        reward_actors: Sequence[Any],
+        log: Path | None = None,
     ) -> None:
+        # Before anything imports torch or vllm. Handed to Ray it would cost a second, in which Ray's agent for that comes up.
+        prepare_environment(config)
+        begin_log(log)
         self._config = config
         self._model_path = model_path
         self._seed = seed
@@ -55,6 +66,7 @@ class RolloutActor:
             self._config, self._model_path, eos_token_ids=self._codec.eos_token_ids(), seed=self._seed
         )
         self._rollout = Rollout(self._config, self._engine, self._scorer, self._codec)
+        logger.info("the engine is up, with the model %s", self._model_path)
 
     @ray.method(num_returns=2)
     async def collect(self, prompt: Prompt) -> tuple[TrajectoryGroup, GroupSummary]:
@@ -100,8 +112,9 @@ class RolloutActor:
 
     async def prove_weights(self, probe: Probe) -> float:
         """The probe's largest difference. What was sampled since the weights came is given away only then."""
-        difference = await self._engine.prove(probe, self._tolerance())
+        difference = await self._engine.prove(probe, probe_tolerance(self._config))
         self._proven.set()
+        logger.info("policy version %d is proven: %.2g off at most", self._engine.policy_version, difference)
         return difference
 
     def take_underfull(self) -> float:
@@ -125,6 +138,7 @@ class RolloutActor:
 
     def shutdown(self) -> None:
         """End the engine and give up the node's files."""
+        logger.info("ends")
         if engine := getattr(self, "_engine", None):
             engine.shutdown()
         self._files.close()
@@ -149,11 +163,6 @@ class RolloutActor:
         """An engine that fails the proof is ended, and what it sampled meanwhile with it."""
         seconds = self._config.rollout.group_timeout
         await wait(self._proven.wait(), seconds, what="the proof of the weights that a group was sampled with")
-
-    def _tolerance(self) -> float:
-        configured = self._config.weights.probe_tolerance
-        default = _FLOAT32_TOLERANCE if self._config.model.dtype == "float32" else _HALF_TOLERANCE
-        return default if configured is None else configured
 
 
 def _chunks(refs: Sequence[Any], loop: asyncio.AbstractEventLoop, timeout: float) -> Iterator[memoryview]:

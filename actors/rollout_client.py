@@ -7,6 +7,7 @@ import logging
 import os
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,13 +22,13 @@ from ray.exceptions import (
 )
 
 from actors.engine import EngineDied
-from actors.engine_args import engine_environment
 from actors.pool_member import ActorDied, in_a_line
 from actors.rollout_actor import STACKS_GROUP, RolloutActor
 from ray_rl.config import RunConfig
 from ray_rl.deadlines import DeadlineExceeded, wait
 from ray_rl.errors import RunError, first_error
 from ray_rl.protocols import CollectedGroup, PublishedWeights, Receiver
+from ray_rl.run_logs import log_file
 from ray_rl.types import Prompt, ScoredSample
 from ray_rl.weight_manifest import Probe
 
@@ -117,6 +118,7 @@ def create_rollout_client(
     *,
     reward_actors: Sequence[Any],
     step: int = 0,
+    logs: Path | None = None,
     kind: type[RolloutActor] = RolloutActor,
 ) -> RayRolloutClient:
     """Ask Ray for rollout actor `index` with the resources of its engine, without waiting for them.
@@ -127,19 +129,21 @@ def create_rollout_client(
     # Ray prints the error of each answer that nobody fetched; of a group that failed here the summary's is enough.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     rollout = config.rollout
+    log = log_file(logs, f"rollout-{index}")
     handle = (
         ray.remote(concurrency_groups={STACKS_GROUP: 1})(kind)
         .options(
             # Its own, and no placement group's: so Ray's autoscaler finds or frees a node for each.
             num_cpus=rollout.cpus_per_actor,
             num_gpus=rollout.gpus_per_actor,
+            resources=rollout.resources,
+            label_selector=rollout.labels,
             # The pool replaces it: what Ray would restart has neither engine nor weights.
             max_restarts=0,
             # Groups, answers to evaluation prompts, and room for what must not wait behind them.
             max_concurrency=100 + 8 * rollout.most_groups,
-            runtime_env={"env_vars": engine_environment(config)},
         )
-        .remote(config, model_path, run_id, _engine_seed(config.seed, step, index), reward_actors)
+        .remote(config, model_path, run_id, _engine_seed(config.seed, step, index), reward_actors, log)
     )
     return RayRolloutClient(handle, f"rollout actor {index}")
 

@@ -1,7 +1,7 @@
 """The receiving end of the weight transfer inside vLLM's workers, for CPU and for any network.
 
 vLLM imports this module in every worker (`worker_extension_cls`); importing it registers the backend. An engine process
-imports it too when its worker lives in it, and from then on dies with the process that owns the engine.
+imports it too when its worker lives in it, and from then on dies with the process that owns the engine and logs where that does.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.platforms import current_platform
 
 from actors.engine_args import OWNER_PID, WEIGHT_BACKEND
+from ray_rl.run_logs import keep_log
 from ray_rl.weight_file import sweep_dead
 from ray_rl.weight_manifest import TensorEntry, WeightManifest, WeightTransferError, digest_bytes
 
@@ -192,3 +193,4 @@ def _watch(owner: int, parent: int) -> None:
 
 _register()
 _die_with_owner()
+keep_log("vllm")

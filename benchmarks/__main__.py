@@ -10,12 +10,15 @@ import typer
 from rich.console import Console
 
 from benchmarks.chaos import CHAOS
+from benchmarks.gpu_check import GPU_CHECK
 from benchmarks.gradient import GRADIENT
 from benchmarks.learn.case import LEARN
 from benchmarks.learner import LEARNER
 from benchmarks.overlap import OVERLAP
+from benchmarks.plan.case import PLAN
 from benchmarks.rollout import ROLLOUT
 from benchmarks.scale import SCALE
+from benchmarks.startup import STARTUP
 from benchmarks.step import STEP
 from benchmarks.suite import Case, Options, machine, show, to_json
 from benchmarks.values.case import VALUES
@@ -24,7 +27,22 @@ from benchmarks.weights import WEIGHTS
 
 CASES: dict[str, Case] = {
     case.name: case
-    for case in (ROLLOUT, LEARNER, WEIGHTS, OVERLAP, SCALE, CHAOS, STEP, VERSUS_TRL, VALUES, GRADIENT, LEARN)
+    for case in (
+        ROLLOUT,
+        LEARNER,
+        WEIGHTS,
+        OVERLAP,
+        SCALE,
+        PLAN,
+        CHAOS,
+        STARTUP,
+        STEP,
+        VERSUS_TRL,
+        VALUES,
+        GRADIENT,
+        LEARN,
+        GPU_CHECK,
+    )
 }
 
 _EPILOG = "Cases: " + "; ".join(f"{case.name} ({case.about})" for case in CASES.values())
@@ -39,6 +57,8 @@ def run(
     work: Annotated[Path, typer.Option(help="where pictures go, and what a stopped case goes on from")] = Path(
         "runs/bench"
     ),
+    model: Annotated[Path | None, typer.Option(help="gpu-check: folder of a policy; default: the built-in one")] = None,
+    on_cpu: Annotated[bool, typer.Option("--on-cpu", help="gpu-check: what can be proven without GPUs")] = False,
 ) -> None:
     """Run the benchmark suite."""
     console = Console()
@@ -47,22 +67,23 @@ def run(
     if unknown:
         typer.echo(f"error: {', '.join(unknown)}: no such case; there are {', '.join(CASES)}", err=True)
         sys.exit(2)
+    options = Options(repeats=repeats, quick=quick, minutes=minutes, work=work, model=model, on_cpu=on_cpu)
     for name in list(chosen):
-        if missing := CASES[name].missing():
-            mend = f"{name} needs {', '.join(missing)}, which is not installed: pip install {' '.join(missing)}"
+        if obstacle := CASES[name].obstacle(options):
             if cases:
-                typer.echo(f"error: {mend}", err=True)
+                typer.echo(f"error: {obstacle}", err=True)
                 sys.exit(2)
-            typer.echo(f"left out: {mend}", err=True)
+            typer.echo(f"left out: {obstacle}", err=True)
             chosen.remove(name)
     work.mkdir(parents=True, exist_ok=True)
     results = {}
     for name in chosen:
-        results[name] = CASES[name].run(Options(repeats=repeats, quick=quick, minutes=minutes, work=work))
+        results[name] = CASES[name].run(options)
         show(console, CASES[name], results[name])
         if json_file:
             to_json(json_file, results)
     console.print(f"measured on: {machine()}", highlight=False)
+    sys.exit(any(result.failed for result in results.values()))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from ray_rl.ledger import Ledger
 from ray_rl.object_store import Place
 from ray_rl.orchestrator import Orchestrator
 from ray_rl.prompt_stream import PromptStream
-from ray_rl.protocols import CollectedGroup, PublishedWeights, Receiver
+from ray_rl.protocols import CollectedGroup, Learner, PublishedWeights, Receiver
 from ray_rl.run_report import RunReport
 from ray_rl.run_state import RunFolder, RunState
 from ray_rl.types import NO_COST, GroupSummary, Problem, Prompt, ScoredSample, StepStats
@@ -61,25 +61,41 @@ async def simulate(simulation: Simulation, folder: Path) -> Sequence[SimulatedSt
         simulation: what is pretended.
         folder: where the run's files go; empty.
     """
-    config = _config(simulation)
-    sink, start, run_folder = _Sink(), RunState.new(0), RunFolder.create(folder, config)
-    pool = ActorPool(
-        lambda index: SimulatedActor(index, simulation.group_seconds),
-        simulation.actors,
-        limits=PoolLimits(
-            groups_in_flight=simulation.groups_in_flight,
-            start_timeout=_DEADLINE,
-            group_timeout=_DEADLINE,
-            publish_timeout=_DEADLINE,
-            outage_timeout=_DEADLINE,
-            max_attempts=1,
-        ),
+    limits = PoolLimits(
+        groups_in_flight=simulation.groups_in_flight,
+        start_timeout=_DEADLINE,
+        group_timeout=_DEADLINE,
+        publish_timeout=_DEADLINE,
+        outage_timeout=_DEADLINE,
+        max_attempts=1,
     )
+    pool = ActorPool(lambda index: SimulatedActor(index, simulation.group_seconds), simulation.actors, limits=limits)
+    return await lead(_config(simulation), pool, SimulatedLearner(simulation.train_seconds), folder)
+
+
+async def lead(
+    config: RunConfig,
+    pool: ActorPool,
+    learner: Learner,
+    folder: Path,
+    *,
+    on_step: Callable[[int], object] = lambda step: None,
+) -> Sequence[SimulatedStep]:
+    """The real orchestrator, from the first step of a new run to its last, over a pool that is not started yet.
+
+    Args:
+        config: of the run; it evaluates nothing.
+        pool: of pretended actors.
+        learner: pretended.
+        folder: where the run's files go; empty.
+        on_step: told the number of every step that is over.
+    """
+    sink, start, run_folder = _Sink(on_step), RunState.new(0), RunFolder.create(folder, config)
     report = RunReport(name="simulated", folder=str(folder))
     orchestrator = Orchestrator(
         config,
         pool=pool,
-        learner=SimulatedLearner(simulation.train_seconds),
+        learner=learner,
         stream=PromptStream([Problem(problem_id="p", prompt="p", answer="")], _prompt, seed=0, shuffle=False),
         evaluation_prompts=[],
         folder=run_folder,
@@ -227,7 +243,8 @@ def _summary(prompt: Prompt, version: int) -> GroupSummary:
 class _Sink:
     """Keeps the steps in memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_step: Callable[[int], object]) -> None:
+        self._on_step = on_step
         self.steps: list[SimulatedStep] = []
         self._last: dict[str, float] = {}
 
@@ -238,6 +255,7 @@ class _Sink:
             now = time.monotonic()
             self.steps.append(SimulatedStep(ended=now, cpu_seconds=time.process_time(), metrics=self._last))
             self._last = {}
+            self._on_step(step)
 
     def rewind(self, step: int) -> None: ...
 

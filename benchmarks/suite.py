@@ -36,6 +36,10 @@ class Options:
     """How long a case goes on that has no end of its own."""
     work: Path
     """Folder for pictures, and for what a case that was stopped goes on from."""
+    model: Path | None = None
+    """Of gpu-check: the policy, in Hugging Face format; None: the built-in one."""
+    on_cpu: bool = False
+    """Of gpu-check: what can be proven without GPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,12 @@ class CaseResult:
     """A table for people; all rows have the same keys."""
     details: Mapping[str, Any]
     """Every single measurement, for whoever doubts a median."""
+    failed: Sequence[str] = ()
+    """What did not hold, of a case that proves something."""
+
+
+def _nothing(options: Options) -> str:
+    return ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +70,15 @@ class Case:
     run: Callable[[Options], CaseResult]
     needs: Mapping[str, str] = field(default_factory=dict)
     """What it needs besides ray-rl: module -> what pip installs."""
+    lacks: Callable[[Options], str] = _nothing
+    """What else keeps it from running here, in a line with its mend; empty: nothing."""
 
-    def missing(self) -> list[str]:
-        """What pip would have to install."""
-        return [package for module, package in self.needs.items() if importlib.util.find_spec(module) is None]
+    def obstacle(self, options: Options) -> str:
+        """What keeps it from running here, with its mend; empty: nothing."""
+        missing = [package for module, package in self.needs.items() if importlib.util.find_spec(module) is None]
+        if missing:
+            return f"{self.name} needs {', '.join(missing)}, which is not installed: pip install {' '.join(missing)}"
+        return self.lacks(options)
 
 
 def machine() -> dict[str, Any]:

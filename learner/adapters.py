@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,7 +60,12 @@ class PlainParameter:
     @property
     def numel(self) -> int:
         """Of the whole, also while it is shared out among ranks."""
-        return getattr(self._parameter, "ds_numel", self._parameter.numel())
+        return math.prod(self.shape)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole, also while it is shared out among ranks."""
+        return tuple(getattr(self._parameter, "ds_shape", self._parameter.shape))
 
     @property
     def sources(self) -> list[nn.Parameter]:
@@ -69,9 +75,9 @@ class PlainParameter:
         return [self._parameter, self._layer.lora_A[_ADAPTER].weight, self._layer.lora_B[_ADAPTER].weight]
 
     def value(self) -> Tensor:
-        """With the adapter added; else the parameter itself, not a copy."""
+        """With the adapter added; else the parameter itself, not a copy. Knows no gradient."""
         own = self._parameter.detach()
-        return own if self._layer is None else own + self._layer.get_delta_weight(_ADAPTER).to(own.dtype)
+        return own if self._layer is None else own + self._layer.get_delta_weight(_ADAPTER).detach().to(own.dtype)
 
 
 def plain_parameters(model: nn.Module) -> Iterator[PlainParameter]:

@@ -123,6 +123,8 @@ def export_model(engine: LearnerEngine, model_path: str | os.PathLike[str], fold
         weights = _weights_on_rank_0(engine)
         if engine.rank == 0:
             engine.model.save_pretrained(partial, state_dict=weights)
+            for file in partial.glob("*.safetensors"):  # safetensors makes them for their owner alone
+                shutil.copymode(partial / "config.json", file)
             _copy_tokenizer(engine, model_path, partial)
 
     _write_whole(engine, folder, write, at_least=sum(engine.parameter_bytes()))

@@ -27,6 +27,7 @@ from learner.samples import whiten
 from learner.step_statistics import MicrobatchOutcome, StepStatistics, batch_metrics
 from ray_rl.config.run import RunConfig
 from ray_rl.errors import RunError
+from ray_rl.garbage import uncollected
 from ray_rl.types import Microbatch, TrainingSample
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ class LearnerEngine:
         self.config = config
         self.device = choose_device(config.learner)
         meet(self.device, rank, world_size, config.learner.step_timeout, store)
-        policy = load_model(config.model, model_path)
+        with uncollected():  # it imports much of transformers
+            policy = load_model(config.model, model_path)
         if config.learner.lora is not None:
             add_adapters(policy, config.learner.lora)
         self._shares = config.shares_prefixes and sharing_is_exact(policy)
@@ -150,6 +152,11 @@ class LearnerEngine:
         with torch.no_grad():
             logprobs, _ = self.deepspeed(sequences, predicting, sequences.input_ids[0, 1:], 1.0)
         return logprobs.tolist()
+
+    def parameter_shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, number format and shape of what `named_parameters_gathered` gives, in its order. No collective."""
+        dtype = getattr(torch, self.config.model.dtype)
+        return [(parameter.name, dtype, parameter.shape) for parameter in plain_parameters(self.model)]
 
     def parameter_bytes(self) -> list[int]:
         """Sizes of what `named_parameters_gathered` gives, in its order."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,6 +18,8 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from learner.places import Places
+from learner.rank_processes import start_ranks
 from ray_rl.config.run import RunConfig
 from ray_rl.deadlines import Deadline, DeadlineExceeded, first_of, wait
 from ray_rl.errors import RunError
@@ -33,33 +35,46 @@ _DEATH_SECONDS = 5.0
 """How long after one rank's error another rank's death may show, whose consequence it then is."""
 _STACKS_SECONDS = 10.0
 _FETCH_GRACE_SECONDS = 30.0
-_CPU_MEMORY = {
-    # glibc would give the memory of each large tensor back to the system and fetch it anew, zeroed page by page, for the next
-    # one: up to a tenth of a training step. Kept, it is the peak that every step needs anyway.
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**40),
-    "MALLOC_TOP_PAD_": str(64 * 2**20),
-    # All that is kept in the first heap only, and the verbs do not run in the thread that has it.
-    "MALLOC_ARENA_MAX": "1",
-}
-"""How a rank without a GPU keeps its memory; what the user's shell sets wins."""
 
 
 class LearnerGroup:
     """Made by `start`. A verb that failed, but for GroupsLost and NotWritten, leaves only `restart` and `shutdown` to call."""
 
-    def __init__(self, config: RunConfig, model_path: str, run_id: str, *, may_grow: bool) -> None:
-        """As `start`, which also starts the ranks."""
+    def __init__(
+        self,
+        config: RunConfig,
+        model_path: str,
+        run_id: str,
+        *,
+        may_grow: bool,
+        logs: Path | None = None,
+        homes: Callable[[], Sequence[str]] = tuple,
+    ) -> None:
+        """As `start`, which also starts the ranks; here `begin` does, and may be preceded by `reserve`.
+
+        Args:
+            config: as `start`.
+            model_path: as `start`.
+            run_id: as `start`.
+            may_grow: as `start`.
+            logs: as `start`.
+            homes: says which nodes the ranks had best be on (`Places`).
+        """
         self._config = config
         self._model_path = model_path
         self._run_id = run_id
         self._may_grow = may_grow
+        self._logs = logs
+        self._homes = homes
+        self._places: Places | None = None
         self._ranks: list[Any] = []
         self._sent_to: list[Any] | None = None
         self._probe: _KeptProbe | None = None
 
     @classmethod
-    async def start(cls, config: RunConfig, model_path: str, run_id: str, *, may_grow: bool) -> LearnerGroup:
+    async def start(
+        cls, config: RunConfig, model_path: str, run_id: str, *, may_grow: bool, logs: Path | None = None
+    ) -> LearnerGroup:
         """One actor per rank; returns when all have loaded the policy and met.
 
         Args:
@@ -67,38 +82,53 @@ class LearnerGroup:
             model_path: folder (on every node) or Hugging Face name of the initial policy.
             run_id: under which the run's files lie in each node's memory.
             may_grow: whether engines may come up on other nodes than the present ones while the run goes on.
+            logs: the run's logs/, if it has a folder.
 
         Raises:
-            DeadlineExceeded: `learner.start_timeout` passed, for instance because the resources are not there.
-            LearnerDied: a rank's process ended.
-            ray.exceptions.RayTaskError: a rank failed.
+            DeadlineExceeded, LearnerDied, ray.exceptions.RayTaskError: as `begin`.
         """
-        group = cls(config, model_path, run_id, may_grow=may_grow)
-        await group._begin()
+        group = cls(config, model_path, run_id, may_grow=may_grow, logs=logs)
+        await group.begin()
         return group
 
+    async def reserve(self) -> None:
+        """Have places for all ranks, which nobody else can take until `shutdown`.
+
+        Raises:
+            DeadlineExceeded: `learner.start_timeout` passed; there is no room for them.
+        """
+        if self._places is None:
+            self._places = Places(self._config.learner, self._homes())
+        await self._places.ready()
+
     async def restart(self) -> None:
-        """End what is left of the ranks and start new ones, with the initial policy.
+        """End what is left of the ranks and start new ones in their places, with the initial policy.
 
         Raises:
             LearnerDied: they did not come up.
         """
         try:
-            await self._begin()
+            await self.begin()
         except (DeadlineExceeded, RayTaskError) as error:
             raise LearnerDied(f"the learner's ranks did not come up again: {_one_line(error)}") from error
 
-    async def _begin(self) -> None:
-        self.shutdown()
-        learner = self._config.learner
-        self._ranks = [self._new_rank(rank) for rank in range(learner.ranks)]
+    async def begin(self) -> None:
+        """Start the ranks, in places that are reserved by then; returns when all have loaded the policy and met.
+
+        Raises:
+            DeadlineExceeded: `learner.start_timeout` passed.
+            LearnerDied: a rank's process ended.
+            ray.exceptions.RayTaskError: a rank failed.
+        """
+        self._end_ranks()
         try:
+            await self.reserve()
+            self._ranks = self._new_ranks()
             await wait(
                 self._meet(),
-                learner.start_timeout,
-                what="the learner's ranks to be placed, to load the policy and to meet",
-                causes=f"no room for {learner.ranks} x {learner.cpus_per_rank:g} CPUs and {learner.gpus_per_rank:g} GPUs "
-                "in the cluster, or a large model; then raise learner.start_timeout",
+                self._config.learner.start_timeout,
+                what="the learner's ranks to load the policy and to meet",
+                causes="a large model; then raise learner.start_timeout",
             )
         except BaseException:
             self.shutdown()
@@ -194,11 +224,22 @@ class LearnerGroup:
         return {f"learner rank {rank}": text for rank, text in enumerate(texts)}
 
     def shutdown(self) -> None:
-        """End the ranks' processes; harmless when they are gone."""
+        """End the ranks' processes and give their places back; harmless when they are gone."""
+        self._end_ranks()
+        if self._places is not None:
+            self._places.release()
+            self._places = None
+
+    def _end_ranks(self) -> None:
         for actor in self._ranks:
             ray.kill(actor)
         self._ranks.clear()
         self._sent_to = self._probe = None
+
+    def _new_ranks(self) -> list[Any]:
+        assert self._places is not None
+        options = [self._places.options(rank) for rank in range(self._config.learner.ranks)]
+        return start_ranks(self._config, self._model_path, self._run_id, options, self._logs)
 
     async def _meet(self) -> None:
         seconds = self._config.learner.start_timeout
@@ -267,19 +308,6 @@ class LearnerGroup:
             raise LearnerDied(f"rank {rank} of the learner died: {_one_line(error)}") from error
         except DeadlineExceeded as error:
             raise LearnerDied(f"rank {rank} of the learner hangs: {error}") from error
-
-    def _new_rank(self, rank: int) -> Any:
-        from learner.learner_actor import LearnerActor
-
-        learner = self._config.learner
-        # Ray shows each rank its own GPUs only, so that every rank's device is the first.
-        env_vars = {"RANK": str(rank), "WORLD_SIZE": str(learner.ranks), "LOCAL_RANK": "0"}
-        if learner.gpus_per_rank == 0:
-            env_vars["DS_ACCELERATOR"] = "cpu"
-            env_vars |= {name: os.environ.get(name, value) for name, value in _CPU_MEMORY.items()}
-        return LearnerActor.options(  # type: ignore[attr-defined]
-            num_cpus=learner.cpus_per_rank, num_gpus=learner.gpus_per_rank, runtime_env={"env_vars": env_vars}
-        ).remote(self._config, self._model_path, self._run_id, rank)
 
 
 class _KeptProbe:

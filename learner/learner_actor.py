@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +22,7 @@ from ray_rl.config.weights import ObjectStoreWeights
 from ray_rl.deadlines import Deadline, DeadlineExceeded, get
 from ray_rl.inventory import FileEntry
 from ray_rl.object_store import ObjectStore, Place
+from ray_rl.run_logs import keep_log
 from ray_rl.stacks import stacks
 from ray_rl.types import TrajectoryGroup
 from ray_rl.weight_file import NodeWeightFile
@@ -28,6 +30,8 @@ from ray_rl.weight_manifest import ObjectStorePayload, Probe
 
 if TYPE_CHECKING:
     from learner.nccl_publisher import NcclPublisher
+
+logger = logging.getLogger(__name__)
 
 _WATCH = "watch"
 """Verbs that are answered beside the others. Those then share one thread, which is not the process's main thread."""
@@ -45,6 +49,7 @@ class LearnerActor:
     """
 
     def __init__(self, config: RunConfig, model_path: str, run_id: str, rank: int) -> None:
+        keep_log("DeepSpeed")
         self._config = config
         self._model_path = model_path
         self._run_id = run_id
@@ -73,6 +78,7 @@ class LearnerActor:
         self._address = address
         store = self._store or join_store(address, port, ranks)
         self._engine = LearnerEngine(self._config, self._model_path, self._rank, ranks, store)
+        logger.info("rank %d of %d has the policy %s", self._rank, ranks, self._model_path)
         if isinstance(weights, ObjectStoreWeights):
             self._stored = ObjectStorePublisher(
                 self._engine, NodeWeightFile(self._run_id), chunk_mib=weights.chunk_mib, timeout=weights.timeout
@@ -104,7 +110,9 @@ class LearnerActor:
         """One training step on the groups of the last `fetch`."""
         samples = [sample for group in self._groups for sample in training_samples(group, self._config)]
         self._groups = []
-        return self._engine.train(samples, step)
+        metrics = self._engine.train(samples, step)
+        logger.info("step %d is trained, on %d samples", step, len(samples))
+        return metrics
 
     def publish(self, version: int, homes: Collection[str], stored: bool) -> ObjectStorePayload | None:
         """As `ObjectStorePublisher.publish`."""
@@ -122,7 +130,8 @@ class LearnerActor:
         if port is not None:
             from learner.nccl_publisher import NcclPublisher
 
-            self._sent = None  # ends the group there was
+            if self._sent is not None:
+                self._sent.close()
             self._sent = NcclPublisher(
                 self._engine,
                 actors,

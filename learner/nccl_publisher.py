@@ -1,12 +1,12 @@
-"""The sending end of vLLM's own NCCL transfer. GPUs only: written from vLLM 0.32's sources, not run by the tests here.
+"""The sending end of vLLM's own NCCL transfer. GPUs only; the tests run vLLM's sender over a pretended communicator.
 
 The sender is the learner's rank 0; every GPU of every rollout engine is a rank of one NCCL group behind it. The group is fixed
-when it is made: when an engine joins or dies, make a new publisher.
+when it is made: when an engine joins or dies, close the publisher and make a new one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
 from learner.weight_publisher import WeightOwner
 from ray_rl.deadlines import get, result
+from ray_rl.errors import RunError
 
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import WeightTransferUpdatePayload
@@ -27,14 +28,10 @@ class DeepSpeedSource(WeightSource):
     def __init__(self, engine: WeightOwner) -> None:
         """Wrap this rank's engine."""
         self._engine = engine
-        self._metadata: list[ParamMeta] | None = None
 
     def metadata(self) -> list[ParamMeta]:
-        """Name, number format and shape of every parameter. The first call is a collective."""
-        if self._metadata is None:
-            parameters = self._engine.named_parameters_gathered()
-            self._metadata = [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in parameters]
-        return self._metadata
+        """Name, number format and shape of every parameter; known without gathering."""
+        return [ParamMeta(*of_one) for of_one in self._engine.parameter_shapes()]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Full tensors on this rank's device; a collective."""
@@ -123,6 +120,12 @@ class NcclPublisher:
             ),
             "the NCCL group of learner and engines",
         )
+        if self._sender.is_sender and self._sender.model_update_group.disabled:
+            # vLLM only logs it, sends nothing, and the engines would load what lies in their memory.
+            raise RunError(
+                "weights.kind: nccl, but vLLM finds no NCCL library in the learner's process; install the CUDA build, unset "
+                "VLLM_DISABLE_PYNCCL, or use weights.kind=object_store"
+            )
 
     def publish(self, version: int) -> None:
         """Send the present weights. A collective: every rank calls it.
@@ -130,15 +133,20 @@ class NcclPublisher:
         Raises:
             DeadlineExceeded: it took too long. The group is then unusable, and so is this process for another one.
         """
+        # vLLM reads the parameters on streams of its own, which know nothing of the optimizer's.
+        torch.get_device_module(self._engine.device).synchronize()
         self._client.version = version
         self._in_time(self._sender.send_weights, f"version {version} to be sent by NCCL")
 
-    def _in_time(self, function: Any, what: str) -> Any:
+    def close(self) -> None:
+        """Leave the group. The engines leave it when they join the next one."""
+        self._sender.shutdown()
+
+    def _in_time(self, function: Callable[[], Any], what: str) -> Any:
         """Run in a thread, for NCCL waits for ever where a peer is missing."""
-        device = torch.cuda.current_device()
 
         def on_device() -> Any:
-            torch.cuda.set_device(device)
+            torch.get_device_module(self._engine.device).set_device(self._engine.device)
             return function()
 
         pool = ThreadPoolExecutor(max_workers=1)

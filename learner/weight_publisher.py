@@ -31,6 +31,10 @@ class WeightOwner(Protocol):
     rank: int
     world_size: int
     vocab_size: int
+    device: torch.device
+
+    def parameter_shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, number format and shape of what `named_parameters_gathered` gives, in its order. No collective."""
 
     def parameter_bytes(self) -> list[int]:
         """Sizes of what `named_parameters_gathered` gives, in its order. No collective."""

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from ray_rl.config import RunConfig, load_config, resolve_config
 from ray_rl.config.load import recipe_names, recipe_text
 from ray_rl.errors import ConfigError, RunError
 from ray_rl.object_store import is_url
+from ray_rl.redaction import redact
 
 app = typer.Typer(
     help="Reinforcement learning of language models with verifiable rewards: GRPO and VinePPO on Ray, vLLM, DeepSpeed.",
@@ -115,15 +117,38 @@ def validate(
     json_schema: Annotated[
         bool, typer.Option("--json-schema", help="print the JSON schema of recipes instead")
     ] = False,
+    cluster: Annotated[
+        Path | None, typer.Option(help="print instead how it would lie on this cluster: a shape as in deploy/shapes/")
+    ] = None,
 ) -> None:
-    """Check a recipe and print the resolved configuration."""
+    """Check a recipe and print the resolved configuration; with --cluster, whether and how it fits there."""
     if json_schema:
         typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
         return
     if not recipe:
         raise ConfigError("validate: name a recipe, or use --json-schema")
     config = load_config(recipe, overrides or [])
+    if cluster:
+        _print_layouts(config, cluster)
+        return
     typer.echo(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), nl=False)
+
+
+def _print_layouts(config: RunConfig, file: Path) -> None:
+    from ray_rl.config.cluster_shape import load_shape
+    from ray_rl.layout import layouts
+
+    for layout in layouts(config, load_shape(file)):
+        table = Table(title=f"{config.name} with {layout.rollout_actors} rollout actors on {file.stem}")
+        for column in ("node", "has", "on it", "stays free"):
+            table.add_column(column, overflow="fold")
+        for row in layout.rows:
+            table.add_row(*map(escape, (row.nodes, row.has, row.holds, row.free)))
+        Console().print(table)
+        for line in layout.additions:
+            typer.echo(line)
+        if layout.left_out:
+            typer.echo(f"warning: {layout.left_out} of the {layout.rollout_actors} rollout actors find no node")
 
 
 @app.command()
@@ -252,15 +277,26 @@ def recipes() -> None:
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False)
 def bench(context: typer.Context) -> None:
     """Run the benchmark suite: bench [CASE ...] [--json FILE]; bench --help lists the cases."""
+    raise typer.Exit(_run_program("bench", "benchmarks", context.args))
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False)
+def plan(context: typer.Context) -> None:
+    """Simulate a recipe on a cluster from measured rates: plan RECIPE [KEY=VALUE ...] --cluster SHAPE; plan --help says more."""
+    raise typer.Exit(_run_program("plan", "benchmarks.plan", context.args))
+
+
+def _run_program(command: str, module: str, arguments: Sequence[str]) -> int:
+    """Run one of the programs in benchmarks/ in the foreground; its exit code."""
     root = Path(__file__).resolve().parent.parent
-    if not (root / "benchmarks" / "__main__.py").is_file():
+    if not (root / module.replace(".", "/") / "__main__.py").is_file():
         raise ConfigError(
-            f"bench: the suite lies in the repository's benchmarks/, which is not in {root}; use a checkout"
+            f"{command}: its program lies in the repository's benchmarks/, which is not in {root}; use a checkout"
         )
     # Found by the import path and not by the working folder, to which `--json FILE` is relative.
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "benchmarks", *context.args]
-    raise typer.Exit(subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode)
+    program = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(program, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
 
 
 def main() -> None:
@@ -268,7 +304,7 @@ def main() -> None:
     try:
         app()
     except RunError as error:
-        for line in str(error).splitlines():
+        for line in redact(str(error)).splitlines():
             typer.echo(f"error: {line}", err=True)
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:

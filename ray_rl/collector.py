@@ -11,6 +11,7 @@ from ray_rl.errors import RunError
 from ray_rl.ledger import Ledger
 from ray_rl.prompt_stream import PromptStream
 from ray_rl.protocols import PromptFailed, RolloutPool
+from ray_rl.startup import Startup
 from ray_rl.types import Prompt
 
 _FAILURES_IN_A_ROW = 3
@@ -33,6 +34,7 @@ class Collector:
         *,
         warn: Callable[[str], None],
         moved: Callable[[str], None],
+        startup: Startup,
     ) -> None:
         """Nothing is sampled before `run`.
 
@@ -43,6 +45,7 @@ class Collector:
             ledger: told of every prompt that is drawn or dropped here.
             warn: told of prompts that are given up.
             moved: told of every group that is finished.
+            startup: told of the first group.
         """
         self._pool = pool
         self._buffer = buffer
@@ -50,6 +53,7 @@ class Collector:
         self._ledger = ledger
         self._warn = warn
         self._moved = moved
+        self._startup = startup
         self._again: list[int] = []
         self._failures = 0
 
@@ -76,12 +80,14 @@ class Collector:
         return prompt
 
     async def _collect(self, prompt: Prompt, ticket: int) -> None:
+        self._startup.reached("first_request")
         try:
             group = await self._pool.collect(prompt)
         except PromptFailed as failure:
             await self._give_up(prompt, failure)
             return
         self._failures = 0
+        self._startup.reached("first_group")
         self._moved(f"the group of prompt {prompt.prompt_id}")
         if not await self._buffer.put(group, ticket):
             self.sample_again([prompt.position])

@@ -28,6 +28,7 @@ from ray_rl import deadlines
 from ray_rl.deadlines import DeadlineExceeded
 from ray_rl.errors import ConfigError, RunError
 from ray_rl.mailbox import Answer, Mailbox, Order, RunStatus
+from ray_rl.placement import no_place
 from ray_rl.protocols import RolloutPool
 from ray_rl.wording import one_line
 
@@ -246,7 +247,7 @@ def scale_pool(pool: RolloutPool, size: int, without_place: Callable[[int], int]
     else:
         happens = "1 ends when its groups are done" if fewer == 1 else f"{fewer} end when their groups are done"
     line = f"from {before} to {size} rollout actors; {happens}"
-    return f"{line}; the cluster has no place for {waiting} of the {size} at present" if waiting else line
+    return f"{line}; {no_place(waiting, size)}" if waiting else line
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -14,6 +14,8 @@ from importlib import util
 from pathlib import Path
 
 from ray_rl.config import RunConfig
+from ray_rl.config.bundle import LEARNER_RANKS, REWARD_ACTORS, ROLLOUT_ACTORS
+from ray_rl.config.nodes import Node
 from ray_rl.config.orchestration import RayConfig
 from ray_rl.config.task import DatasetTaskConfig
 from ray_rl.errors import ConfigError, RunError
@@ -35,12 +37,13 @@ from ray_rl.installation import (
     packages,
     ports,
     python_version,
+    trackers,
     vllm_build,
 )
 from ray_rl.machine import Machine
 from ray_rl.model_files import check_model_folder
 from ray_rl.object_store import ObjectStore, Place
-from ray_rl.placement import Demand, Node, is_own_ray, knock, named_address, shortage
+from ray_rl.placement import Demand, is_own_ray, knock, named_address, shortage
 from ray_rl.weight_file import sweep_dead
 from ray_rl.wording import one_line
 
@@ -66,9 +69,10 @@ def examine(config: RunConfig | None = None, *, folder: Place = Path("runs"), jo
     if isinstance(folder, ObjectStore):
         yield store(folder)
     if config is not None:
-        yield cpus(config, machine) if is_own_ray(config) else _cluster(config, joins=joins)
+        yield from _own_ray(config, machine) if is_own_ray(config) else [_cluster(config, joins=joins)]
         yield from _model(config, machine, folder)
         yield from task(config)
+        yield from trackers(config)
 
 
 def require(config: RunConfig, *, folder: Place = Path("runs")) -> list[str]:
@@ -102,7 +106,7 @@ def devices(config: RunConfig | None, machine: Machine) -> Iterator[Finding]:
     elif machine.gpus is None:
         mend = "if the run waits for GPUs in vain, install nvidia-smi or set rollout.gpus_per_actor and learner.gpus_per_rank"
         yield Finding(check="GPUs", found=f"{found}; {asked.gpus:g} are asked for", verdict="warning", mend=mend)
-    elif shortage(asked, [{"CPU": asked.cpus, "GPU": len(machine.gpus)}]):
+    elif shortage(asked.plain, [Node(name="here", cpus=asked.cpus, gpus=len(machine.gpus))]):
         mend = (
             "rollout.gpus_per_actor=0 learner.gpus_per_rank=0 (CPU), rollout.num_actors or learner.ranks lower, or "
             "ray.address=HOST:PORT of a cluster that has them"
@@ -113,13 +117,27 @@ def devices(config: RunConfig | None, machine: Machine) -> Iterator[Finding]:
         yield Finding(check="GPUs", found=f"{found}; {asked.gpus:g} are asked for")
 
 
+def _own_ray(config: RunConfig, machine: Machine) -> Iterator[Finding]:
+    yield cpus(config, machine)
+    sections = {ROLLOUT_ACTORS: "rollout", LEARNER_RANKS: "learner", REWARD_ACTORS: "reward_actors"}
+    for bundle in sorted(set(Demand.of(config).bundles), key=lambda bundle: bundle.role):
+        wanted = [*bundle.resources, *(key for key in bundle.labels if not key.startswith("ray.io/"))]
+        if wanted:
+            section = sections[bundle.role]
+            found = f"a Ray of the run's own has no {', '.join(wanted)}, which {section} asks for"
+            mend = (
+                f"ray.address=HOST:PORT of a cluster that has it, or leave out {section}.resources and {section}.labels"
+            )
+            yield Finding(check="ray.address", found=found, verdict="fault", mend=mend)
+
+
 def cpus(config: RunConfig, machine: Machine) -> Finding:
     """Processors against what the actors of a Ray of the run's own ask for."""
     asked = Demand.of(config, rollout_actors=config.rollout.most_actors)
     offered = config.ray.num_cpus
     found = f"{asked.cpus:g} CPUs asked for, {machine.cpus} here"
     least = Demand.of(config)
-    if offered is not None and shortage(least, [{"CPU": offered, "GPU": least.gpus}]):
+    if offered is not None and shortage(least.plain, [Node(name="here", cpus=offered, gpus=least.gpus)]):
         mend = "leave ray.num_cpus out"
         found = f"{least.cpus:g} CPUs asked for, and ray.num_cpus offers {offered}"
         return Finding(check="ray.num_cpus", found=found, verdict="fault", mend=mend)
@@ -221,7 +239,7 @@ def device_memory(config: RunConfig, footprint: Footprint, machine: Machine) -> 
     if not machine.gpus:
         return
     smallest = min(machine.gpus)
-    share = config.rollout.gpu_memory_share
+    share = config.rollout.gpu_memory_share * min(1.0, config.rollout.gpus_per_actor)
     for role, wanted, there, mend in (
         ("learner rank", footprint.rank_device, smallest, "learner.zero_stage, offload_optimizer or lora"),
         ("engine", footprint.engine_device, int(share * smallest), "rollout.tensor_parallel or gpu_memory_share"),

@@ -7,7 +7,7 @@ import resource
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import metadata, util
 from typing import Literal
 
 from ray_rl.config import RunConfig
@@ -119,6 +119,18 @@ def vllm_build(config: RunConfig | None, installed: tuple[str, str] | None) -> I
         yield Finding(check=check, found=f"{found}; {VLLM} is what is tested", verdict="warning", mend=SETUP)
     else:
         yield Finding(check=check, found=found)
+
+
+_TRACKERS = {"wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow-skinny"}
+"""Module -> the package that has it; a tracker's kind is its module's name."""
+
+
+def trackers(config: RunConfig) -> Iterator[Finding]:
+    """Each tracker of a recipe whose library is missing here, where the driver runs."""
+    for kind in dict.fromkeys(tracker.kind for tracker in config.logging.trackers):
+        if util.find_spec(kind) is None:
+            found, mend = f"{kind} is not installed", f"pip install {_TRACKERS[kind]}, or leave {kind} out"
+            yield Finding(check="logging.trackers", found=found, verdict="fault", mend=mend)
 
 
 def open_files() -> Finding:

@@ -12,6 +12,7 @@ from ray_rl.progress import ProgressView
 from ray_rl.protocols import CollectedGroup, Recorder
 from ray_rl.run_report import RunReport
 from ray_rl.sinks import MetricSink
+from ray_rl.startup import Startup
 
 T = TypeVar("T")
 
@@ -20,7 +21,14 @@ class Journal:
     """All places where something of a run is written, as one."""
 
     def __init__(
-        self, config: RunConfig, *, sink: MetricSink, recorder: Recorder, progress: ProgressView, report: RunReport
+        self,
+        config: RunConfig,
+        *,
+        sink: MetricSink,
+        recorder: Recorder,
+        progress: ProgressView,
+        report: RunReport,
+        startup: Startup | None = None,
     ) -> None:
         """Of one sitting.
 
@@ -30,6 +38,7 @@ class Journal:
             recorder: keeps samples of a step's groups.
             progress: what the user sees.
             report: filled while the run goes on.
+            startup: told of the first group; what it has then goes into the metrics of the first step. Unset: one of its own.
         """
         self._sink = sink
         self._recorder = recorder
@@ -38,6 +47,8 @@ class Journal:
         self._logged: frozenset[str] = frozenset()
         self._last_step_at = time.monotonic()
         self.report = report
+        self.startup = startup or Startup()
+        """How long the process took to get so far."""
         self.phase = "starting"
         """What the run is doing."""
         self.last: Mapping[str, float] = {}
@@ -86,6 +97,8 @@ class Journal:
         metrics["perf/tokens_per_second"] = tokens / metrics["timing/step"]
         warnings = self._health.check(step, metrics)
         metrics |= self._health.metrics()
+        if not self.last:  # the first step of this sitting
+            metrics |= self.startup.metrics
         await self._recorder.record(step, groups)
         self._sink.log(step, {name: value for name, value in metrics.items() if name not in self._logged})
         self._progress.step(step, metrics)

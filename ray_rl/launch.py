@@ -10,10 +10,11 @@ import json
 import signal
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ray.exceptions import RayError
 
@@ -27,7 +28,7 @@ from learner.group import LearnerGroup
 from ray_rl.config import RunConfig
 from ray_rl.config.reward import PythonRewardConfig
 from ray_rl.control import ControlServer, scale_pool
-from ray_rl.deadlines import DeadlineExceeded, wait
+from ray_rl.deadlines import DeadlineExceeded, in_daemon, result, wait
 from ray_rl.embedded import policy_path
 from ray_rl.errors import writing
 from ray_rl.evaluation import evaluate
@@ -36,19 +37,25 @@ from ray_rl.ledger import Ledger
 from ray_rl.memory import MemoryWatch
 from ray_rl.model_files import check_model_folder
 from ray_rl.orchestrator import Orchestrator
-from ray_rl.placement import Demand, is_own_ray, unplaced_rollout_actors, wait_for_place
+from ray_rl.placement import Demand, is_own_ray, rank_homes, unplaced_rollout_actors, wait_for_place
 from ray_rl.progress import ConsoleProgress
 from ray_rl.prompt_stream import PromptStream, encode_problem
 from ray_rl.protocols import CollectedGroup
+from ray_rl.ray_gauges import RayGauges, discoverable
 from ray_rl.ray_session import cluster_nodes, placement_seconds, ray_session, run_to_end
 from ray_rl.recorder import GroupRecorder
+from ray_rl.run_logs import driver_log
 from ray_rl.run_report import REPORT_FILE, RunReport
 from ray_rl.run_state import RunFolder, RunState
-from ray_rl.sinks import logged_metrics, make_sink
+from ray_rl.sinks import ManySinks, logged_metrics, make_sink
+from ray_rl.startup import Startup
 from ray_rl.tasks import make_task
 from ray_rl.tokenizer import TokenizerCodec, load_tokenizer
+from ray_rl.trackers import Trackers
 from ray_rl.watchdog import Watchdog
 from ray_rl.weight_file import sweep
+
+_READING_SECONDS = 24 * 3600.0
 
 
 def train(config: RunConfig, folder: RunFolder, start: RunState) -> RunReport:
@@ -59,15 +66,19 @@ def train(config: RunConfig, folder: RunFolder, start: RunState) -> RunReport:
         PlacementError: the cluster lacks resources.
         RunStopped: the run cannot go on sensibly.
     """
-    progress = ConsoleProgress(config.training.steps, start.step)
-    report = RunReport(name=config.name, folder=folder.where)
-    with MemoryWatch() as memory, progress:
+    startup = Startup()
+    report = RunReport(name=config.name, folder=folder.where, startup=startup.metrics)
+    with (
+        driver_log(folder.logs) as log,
+        MemoryWatch() as memory,
+        ConsoleProgress(config.training.steps, start.step, also=log) as progress,
+    ):
         progress.phase("reading model and data")
         evaluation = config.evaluation
-        prepared = Prepared(config, evaluates=bool(evaluation.at_start or evaluation.at_end or evaluation.every))
-        folder.write_config(config)  # a resumed run's may have changed
-        with ray_session(config):
-            run_to_end(_train(config, folder, start, prepared, progress, report))
+        evaluates = bool(evaluation.at_start or evaluation.at_end or evaluation.every)
+        with _prepared_in_ray(config, startup, evaluates=evaluates) as prepared:
+            folder.write_config(config)  # a resumed run's may have changed
+            run_to_end(_train(config, folder, start, prepared, progress, report, startup))
         report.peak_bytes = memory.peak_bytes
     report.next_steps = _next_steps(report)
     with writing(folder.path / REPORT_FILE):
@@ -85,8 +96,7 @@ def evaluate_policy(config: RunConfig) -> dict[str, float]:
     """
     with ConsoleProgress(config.training.steps) as progress:
         progress.phase("reading model and data")
-        prepared = Prepared(config)
-        with ray_session(config):
+        with _prepared_in_ray(config, Startup()) as prepared:
             return run_to_end(_evaluate(config, prepared, progress))
 
 
@@ -120,6 +130,22 @@ class Prepared:
         self.evaluation_prompts = [encode(held_out[index], position=-1) for index in range(count)]
 
 
+@contextmanager
+def _prepared_in_ray(config: RunConfig, startup: Startup, *, evaluates: bool = True) -> Iterator[Prepared]:
+    """Read model and data while Ray, which mostly waits, comes up. Raises as `Prepared` and `ray_session` do."""
+
+    def read() -> Prepared:
+        prepared = Prepared(config, evaluates=evaluates)
+        startup.reached("prepared")
+        return prepared
+
+    what = "model and data to be read"
+    reading = in_daemon(read, what)
+    with ray_session(config):  # in this thread, with whose end the system would kill Ray's processes
+        startup.reached("ray")
+        yield result(reading, _READING_SECONDS, what=what, causes="a large download")
+
+
 def model_source(config: RunConfig) -> str:
     """What transformers and vLLM load: a folder, or a Hugging Face name."""
     if config.model.path == "embedded":
@@ -135,21 +161,28 @@ async def _train(
     prepared: Prepared,
     progress: ConsoleProgress,
     report: RunReport,
+    startup: Startup,
 ) -> None:
     progress.phase("starting engines and learner")
     run_id = uuid.uuid4().hex[:12]
-    async with _actors(config, run_id, warn=progress.warn, step=start.step) as actors:
+    async with _actors(config, run_id, startup, warn=progress.warn, step=start.step, logs=folder.logs) as actors:
         learner = actors.learner
         assert learner is not None
         if start.step:
             await learner.load(folder.checkpoint(start.step) / "learner")
             report.evaluation_before = logged_metrics(folder.path / "metrics.jsonl", 0)
-        sink = make_sink(folder.path, config.logging, resume_step=start.step)
+        gauges = RayGauges(config.name, folder.path.name, exports=config.logging.ray_metrics)
+        files = make_sink(folder.path, config.logging, resume_step=start.step)
+        sink = ManySinks([files, gauges, Trackers(config, folder.path, progress.warn)])
         recorder = _Recorder(config, folder, prepared.codec, start.step, progress.warn)
         watchdog = Watchdog(folder.path, config.logging.watchdog_seconds, collect=actors.stacks, warn=progress.warn)
         ledger = Ledger(folder.ledger, start)
         if ledger.note:
             progress.warn(ledger.note)
+
+        def without_place(size: int) -> int:
+            return unplaced_rollout_actors(config, cluster_nodes(), size)
+
         orchestrator = Orchestrator(
             config,
             pool=actors.pool,
@@ -158,22 +191,23 @@ async def _train(
             evaluation_prompts=prepared.evaluation_prompts,
             folder=folder,
             ledger=ledger,
-            journal=Journal(config, sink=sink, recorder=recorder, progress=progress, report=report),
+            journal=Journal(config, sink=sink, recorder=recorder, progress=progress, report=report, startup=startup),
             moved=watchdog.moved,
+            without_place=without_place,
         )
 
         def scale(size: int) -> str:
-            line = scale_pool(
-                actors.pool, size, lambda wanted: unplaced_rollout_actors(config, cluster_nodes(), wanted)
-            )
+            line = scale_pool(actors.pool, size, without_place)
             orchestrator.keep_size()
             progress.note(f"ray-rl scale: {line}")
             return line
 
         control = ControlServer(folder.path, run_id, status=orchestrator.status, scale=scale, warn=progress.warn)
-        with _signals(orchestrator, progress):
+        finds_itself = config.logging.ray_metrics and is_own_ray(config)
+        found = discoverable(folder.path, progress.note) if finds_itself else nullcontext()
+        with _signals(orchestrator, progress), found:
             try:
-                async with control, watchdog:
+                async with control, watchdog, gauges.shown(orchestrator.status):
                     await orchestrator.run(start)
             finally:
                 sink.close()
@@ -181,7 +215,7 @@ async def _train(
 
 async def _evaluate(config: RunConfig, prepared: Prepared, progress: ConsoleProgress) -> dict[str, float]:
     progress.phase("starting engines")
-    async with _actors(config, uuid.uuid4().hex[:12], warn=progress.warn, with_learner=False) as actors:
+    async with _actors(config, uuid.uuid4().hex[:12], Startup(), warn=progress.warn, with_learner=False) as actors:
         progress.phase(f"evaluating on {len(prepared.evaluation_prompts)} held-out problems")
         return await evaluate(actors.pool, prepared.evaluation_prompts, config.evaluation)
 
@@ -201,13 +235,23 @@ class _Actors:
 
 @asynccontextmanager
 async def _actors(
-    config: RunConfig, run_id: str, *, warn: Callable[[str], None], with_learner: bool = True, step: int = 0
+    config: RunConfig,
+    run_id: str,
+    startup: Startup,
+    *,
+    warn: Callable[[str], None],
+    with_learner: bool = True,
+    step: int = 0,
+    logs: Path | None = None,
 ) -> AsyncIterator[_Actors]:
     """All actors of a run, started side by side; ended together, whatever happens."""
     model, rollout = model_source(config), config.rollout
-    reward_actors = create_reward_actors(config)
+    learner = _learner(config, model, run_id, logs) if with_learner else None
+    reward_actors: list[Any] = []
     pool = ActorPool(
-        lambda index: create_rollout_client(config, model, run_id, index, reward_actors=reward_actors, step=step),
+        lambda index: create_rollout_client(
+            config, model, run_id, index, reward_actors=reward_actors, step=step, logs=logs
+        ),
         rollout.least_actors,
         limits=PoolLimits(
             groups_in_flight=rollout.most_groups,
@@ -220,27 +264,37 @@ async def _actors(
         serves_loaded=not with_learner,
         warn=warn,
     )
-    learner: LearnerGroup | None = None
     try:
         demand = Demand.of(config, with_learner=with_learner)
-        # Beside the start of the actors: it is their requests that an autoscaler answers.
+        # Beside the requests for the actors: it is those that an autoscaler answers.
         async with asyncio.TaskGroup() as starting:
             starting.create_task(wait_for_place(demand, cluster_nodes, placement_seconds(config)))
-            starting.create_task(pool.start())
-            starting.create_task(start_reward_actors(reward_actors, rollout.start_timeout))
-            if with_learner:
-                ranks = starting.create_task(LearnerGroup.start(config, model, run_id, may_grow=not is_own_ray(config)))
-        learner = ranks.result() if with_learner else None
+            if learner:
+                await learner.reserve()  # before other actors take the ranks' places
+                starting.create_task(startup.reached_by(learner.begin(), "learner"))
+            reward_actors.extend(create_reward_actors(config, logs))
+            starting.create_task(startup.reached_by(pool.start(), "engines"))
+            graders = start_reward_actors(reward_actors, rollout.start_timeout)
+            starting.create_task(startup.reached_by(graders, "reward_actors"))
         yield _Actors(pool=pool, learner=learner)
     finally:
-        # The learner first: on each node the last user of the run's files removes them, and it is killed without ado.
-        if learner:
-            learner.shutdown()
         try:
-            await pool.shutdown()
-        finally:  # also when the user would not wait for the engines
-            await end_reward_actors(reward_actors)
-            sweep(run_id)
+            # The learner first: on each node the last user of the run's files removes them, and it is killed without ado.
+            if learner:
+                learner.shutdown()
+        finally:
+            try:
+                await pool.shutdown()
+            finally:  # also when the user would not wait for the engines
+                await end_reward_actors(reward_actors)
+                sweep(run_id)
+
+
+def _learner(config: RunConfig, model: str, run_id: str, logs: Path | None) -> LearnerGroup:
+    def homes() -> Sequence[str]:
+        return rank_homes(config, cluster_nodes())
+
+    return LearnerGroup(config, model, run_id, may_grow=not is_own_ray(config), logs=logs, homes=homes)
 
 
 class _Recorder:

@@ -24,7 +24,9 @@ def step_metrics(
     is filtered, and tokens tell what the step cost. Only `staleness/*`, `groups/count` and `groups/decided_trained` (with
     refill: what was accepted past the limit) are over the groups that are trained on. Means are over completions where a
     completion has the quantity, over tokens for shares of tokens. `reward/std` is the population form over all
-    completions. `reward/accuracy` is the share of rewards of at least 1.
+    completions. `reward/accuracy` is the share of rewards of at least 1. `rollout/cache_hit_rate` is the share of the
+    completions' prompt tokens that the engine found in its prefix cache, `continuations/cache_hit_rate` that of the
+    continuations' prefixes.
 
     A group may mix versions: weights arrive while its completions, or the continuations that its state values average, are
     sampled. `staleness/mixed_fraction` is the share of such groups, `staleness/spread_max` the most versions between the
@@ -76,7 +78,12 @@ def _cost_metrics(summaries: Sequence[GroupSummary]) -> dict[str, float]:
     primary = sum(s.cost.primary_tokens for s in summaries)
     continued = sum(s.cost.continuation_tokens for s in summaries)
     states = sum(s.cost.states for s in summaries)
-    metrics = {"tokens/primary": float(primary), "tokens/continuations": float(continued)}
+    prompts = sum(s.cost.prompt_tokens for s in summaries)
+    metrics = {
+        "tokens/primary": float(primary),
+        "tokens/continuations": float(continued),
+        "rollout/cache_hit_rate": _ratio(sum(s.cost.cached_prompt_tokens for s in summaries), prompts),
+    }
     if states:
         prefix = sum(s.cost.prefix_tokens for s in summaries)
         possible = sum(s.cost.cacheable_prefix_tokens for s in summaries)

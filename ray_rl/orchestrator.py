@@ -34,6 +34,7 @@ from ray_rl.learner_keeper import LearnerKeeper
 from ray_rl.ledger import Ledger
 from ray_rl.mailbox import RunStatus
 from ray_rl.metrics import step_metrics
+from ray_rl.placement import no_place
 from ray_rl.prompt_stream import PromptStream
 from ray_rl.protocols import GroupsLost, Learner, LearnerDied, RolloutPool
 from ray_rl.run_state import RunFolder, RunState
@@ -63,6 +64,7 @@ class Orchestrator:
         ledger: Ledger,
         journal: Journal,
         moved: Callable[[str], None] = lambda what: None,
+        without_place: Callable[[int], int] = lambda size: 0,
     ) -> None:
         """Hand in the parts; `run` sets them going.
 
@@ -76,6 +78,7 @@ class Orchestrator:
             ledger: opened at the state that the run starts from.
             journal: told of everything that somebody may want to read.
             moved: told of everything that shows that the run is alive.
+            without_place: says for how many of so many rollout actors the cluster has no place at present.
         """
         self._config = config
         self._pool = pool
@@ -86,6 +89,7 @@ class Orchestrator:
         self._ledger = ledger
         self._journal = journal
         self._moved = moved
+        self._without_place = without_place
         actors = config.rollout.num_actors
         takes_turns = config.training.max_staleness == 0
         self._autoscaler = Autoscaler(actors, takes_turns=takes_turns) if isinstance(actors, ActorRange) else None
@@ -175,7 +179,13 @@ class Orchestrator:
             on_drop=self._ledger.drop,
         )
         self._collector = Collector(
-            self._pool, self._buffer, self._stream, self._ledger, warn=self._journal.warn, moved=self._moved
+            self._pool,
+            self._buffer,
+            self._stream,
+            self._ledger,
+            warn=self._journal.warn,
+            moved=self._moved,
+            startup=self._journal.startup,
         )
         self._collector.sample_again(start.pending_positions)
 
@@ -283,7 +293,9 @@ class Orchestrator:
         else:
             size = before
         if size != before:
-            self._journal.note(f"rollout.num_actors: from {before} to {size} actors")
+            waiting = self._without_place(size) if size > before else 0
+            line = f"rollout.num_actors: from {before} to {size} actors"
+            self._journal.note(f"{line}; {no_place(waiting, size)}" if waiting else line)
             self._pool.resize(size)
 
     async def _take(self, collecting: asyncio.Task[None]) -> Batch | None:

@@ -7,18 +7,22 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from ray_rl.config import RunConfig
+from ray_rl.config.bundle import LEARNER_RANKS, REWARD_ACTORS, ROLLOUT_ACTORS, Bundle, described
+from ray_rl.config.learner import Packing
+from ray_rl.config.nodes import NODE_ID_LABEL, Node
 from ray_rl.errors import RunError
-
-Node = Mapping[str, float]
-"""A node's resources in total, by Ray's names: CPU, GPU."""
+from ray_rl.fit import fit
 
 _KNOCK_SECONDS = 10.0
-_TINY = 1e-9
-_MEND = "add nodes, or lower rollout.num_actors, rollout.cpus_per_actor, rollout.gpus_per_actor, learner.ranks or their like"
+MEND = (
+    "add nodes, or lower rollout.num_actors, rollout.cpus_per_actor, rollout.gpus_per_actor, learner.ranks, the labels asked for "
+    "or their like"
+)
+"""What helps where actors find no node."""
 
 
 class PlacementError(RunError):
@@ -26,24 +30,12 @@ class PlacementError(RunError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bundle:
-    """What one actor asks of the node that it is placed on."""
-
-    role: str
-    """Plural, for messages: rollout actors, learner ranks, reward actors."""
-    cpus: float
-    gpus: float = 0.0
-
-    def __str__(self) -> str:
-        """For messages."""
-        return _resources({"CPU": self.cpus, "GPU": self.gpus})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
     """All that a run asks of Ray, one bundle per actor."""
 
     bundles: tuple[Bundle, ...]
+    packing: Packing = "pack"
+    """Of the learner's ranks."""
 
     @classmethod
     def of(cls, config: RunConfig, *, with_learner: bool = True, rollout_actors: int | None = None) -> Demand:
@@ -56,12 +48,32 @@ class Demand:
         """
         rollout, learner, reward = config.rollout, config.learner, config.reward_actors
         count = rollout.least_actors if rollout_actors is None else rollout_actors
-        rank = Bundle(role="learner ranks", cpus=learner.cpus_per_rank, gpus=learner.gpus_per_rank)
-        actor = Bundle(role="rollout actors", cpus=rollout.cpus_per_actor, gpus=rollout.gpus_per_actor)
-        grader = Bundle(role="reward actors", cpus=reward.cpus_per_actor)
         ranks = learner.ranks if with_learner else 0
         graders = 0 if config.reward.kind == "exact" else reward.actors  # `exact` runs in place
-        return cls(bundles=(rank,) * ranks + (actor,) * count + (grader,) * graders)
+        rank = Bundle(
+            role=LEARNER_RANKS,
+            cpus=learner.cpus_per_rank,
+            gpus=learner.gpus_per_rank,
+            resources=learner.resources,
+            labels=learner.labels,
+        )
+        actor = Bundle(
+            role=ROLLOUT_ACTORS,
+            cpus=rollout.cpus_per_actor,
+            gpus=rollout.gpus_per_actor,
+            resources=rollout.resources,
+            labels=rollout.labels,
+        )
+        grader = Bundle(
+            role=REWARD_ACTORS, cpus=reward.cpus_per_actor, resources=reward.resources, labels=reward.labels
+        )
+        return cls(bundles=(rank,) * ranks + (actor,) * count + (grader,) * graders, packing=learner.packing)
+
+    @property
+    def plain(self) -> Demand:
+        """CPUs and GPUs alone."""
+        bundles = tuple(replace(bundle, resources={}, labels={}) for bundle in self.bundles)
+        return replace(self, bundles=bundles)
 
     @property
     def cpus(self) -> float:
@@ -74,61 +86,49 @@ class Demand:
         return sum(bundle.gpus for bundle in self.bundles)
 
 
-class _Free:
-    """What is left of a node while bundles are put on it. A share of a GPU comes from one GPU, several GPUs are whole ones."""
-
-    def __init__(self, node: Node) -> None:
-        self.cpus = node.get("CPU", 0.0)
-        self.gpus = [1.0] * int(node.get("GPU", 0.0))
-
-    def devices(self, gpus: float) -> list[int] | None:
-        """The GPUs that a bundle would get, the fullest that will do; None when they are not there."""
-        least = min(gpus, 1.0) - _TINY
-        fitting = sorted((share, index) for index, share in enumerate(self.gpus) if share >= least)
-        wanted = max(1, round(gpus)) if gpus else 0
-        return [index for _, index in fitting[:wanted]] if len(fitting) >= wanted else None
-
-    def fits(self, bundle: Bundle) -> bool:
-        return self.cpus >= bundle.cpus - _TINY and self.devices(bundle.gpus) is not None
-
-    def take(self, bundle: Bundle) -> None:
-        for index in self.devices(bundle.gpus) or ():
-            self.gpus[index] -= min(bundle.gpus, 1.0)
-        self.cpus -= bundle.cpus
+def unplaced(demand: Demand, nodes: Sequence[Node], spare: Sequence[Node] = ()) -> list[Bundle]:
+    """The bundles that find no node, were the nodes empty; `spare` are nodes that an autoscaler may add (`ray_rl.fit`)."""
+    return list(fit(demand.bundles, nodes, demand.packing, spare).left_out)
 
 
-def unplaced(demand: Demand, nodes: Sequence[Node]) -> list[Bundle]:
-    """The bundles that find no node, were the nodes empty.
-
-    The largest bundle goes first (by GPUs, then by CPUs), each to the node on which least stays free. It can miss a packing
-    that an exhaustive search would find; Ray, which takes the actors as they come, would miss it too.
-    """
-    free = [_Free(node) for node in nodes]
-    left_out: list[Bundle] = []
-    for bundle in sorted(demand.bundles, key=lambda bundle: (bundle.gpus, bundle.cpus), reverse=True):
-        fitting = [node for node in free if node.fits(bundle)]
-        if fitting:
-            min(fitting, key=lambda node: (sum(node.gpus), node.cpus)).take(bundle)
-        else:
-            left_out.append(bundle)
-    return left_out
-
-
-def shortage(demand: Demand, nodes: Sequence[Node]) -> str:
+def shortage(demand: Demand, nodes: Sequence[Node], spare: Sequence[Node] = ()) -> str:
     """What finds no node, and what nodes there are, in a sentence; empty when all find one."""
-    left_out = Counter(unplaced(demand, nodes))
+    left_out = Counter(unplaced(demand, nodes, spare))
     if not left_out:
         return ""
     asked = Counter(demand.bundles)
-    actors = " and ".join(f"{count} of {asked[one]} {one.role} ({one})" for one, count in left_out.items())
+    actors = " and ".join(f"{count} of {asked[one]} {_wanting(one, demand)}" for one, count in left_out.items())
     verb = "finds" if left_out.total() == 1 else "find"
-    return f"{actors} {verb} no node; {_described(nodes)}"
+    return f"{actors} {verb} no node; {_nodes_described([*nodes, *spare], demand)}"
 
 
 def unplaced_rollout_actors(config: RunConfig, nodes: Sequence[Node], size: int) -> int:
     """How many of `size` rollout actors would find no node beside the run's other actors."""
     left_out = unplaced(Demand.of(config, rollout_actors=size), nodes)
-    return sum(bundle.role == "rollout actors" for bundle in left_out)
+    return sum(bundle.role == ROLLOUT_ACTORS for bundle in left_out)
+
+
+def rank_homes(config: RunConfig, nodes: Sequence[Node]) -> list[str]:
+    """Ray's ids of the nodes on which the learner's ranks leave room for all others, a rank each; empty where none do.
+
+    For the most rollout actors that the run may have, if the cluster has room for them.
+    """
+    for size in (config.rollout.most_actors, config.rollout.least_actors):
+        demand = Demand.of(config, rollout_actors=size)
+        found = fit(demand.bundles, nodes, demand.packing)
+        if not found.left_out:
+            return [
+                place.node.labels[NODE_ID_LABEL]
+                for place in found.places
+                for bundle in place.bundles
+                if bundle.role == LEARNER_RANKS
+            ]
+    return []
+
+
+def no_place(waiting: int, size: int) -> str:
+    """For messages: how many of `size` rollout actors wait for a node."""
+    return f"the cluster has no place for {waiting} of the {size} at present"
 
 
 async def wait_for_place(
@@ -151,7 +151,7 @@ async def wait_for_place(
     while missing := shortage(demand, nodes()):
         if time.monotonic() + interval > deadline:
             raise PlacementError(
-                f"{missing} (waited {timeout:g} s); {_MEND}; or raise ray.placement_timeout where nodes are yet to come"
+                f"{missing} (waited {timeout:g} s); {MEND}; or raise ray.placement_timeout where nodes are yet to come"
             )
         await asyncio.sleep(interval)
 
@@ -179,18 +179,30 @@ def knock(address: str, seconds: float = _KNOCK_SECONDS) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
 
 
-def _described(nodes: Sequence[Node]) -> str:
-    kinds = Counter(_resources(node) for node in nodes)
+def _wanting(bundle: Bundle, demand: Demand) -> str:
+    alone = bundle.role != LEARNER_RANKS or demand.packing != "strict_pack"
+    return (
+        f"{bundle.role} ({bundle})"
+        if alone
+        else f"{bundle.role} ({bundle}; all on one node: learner.packing=strict_pack)"
+    )
+
+
+def _nodes_described(nodes: Sequence[Node], demand: Demand) -> str:
+    """What nodes there are, as far as the demand is concerned with it."""
+    resources = {name for bundle in demand.bundles for name in bundle.resources}
+    labels = {key for bundle in demand.bundles for key in bundle.labels}
+    kinds = Counter(
+        described(
+            node.cpus,
+            node.gpus,
+            {name: amount for name, amount in node.resources.items() if name in resources},
+            {key: value for key, value in node.labels.items() if key in labels},
+        )
+        for node in nodes
+    )
     if not kinds:
         return "the cluster has no node"
-    return "the cluster has " + ", ".join(_described_kinds(kinds))
-
-
-def _described_kinds(kinds: Counter[str]) -> Iterator[str]:
-    for kind, count in kinds.most_common():
-        yield f"a node of {kind}" if count == 1 else f"{count} nodes of {kind} each"
-
-
-def _resources(amounts: Mapping[str, float]) -> str:
-    present = [f"{amounts[name]:g} {name}" for name in ("CPU", "GPU") if amounts.get(name)]
-    return ", ".join(present) or "no CPU"
+    return "the cluster has " + ", ".join(
+        f"a node of {kind}" if count == 1 else f"{count} nodes of {kind} each" for kind, count in kinds.most_common()
+    )

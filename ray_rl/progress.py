@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Protocol
 
@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
+from ray_rl.redaction import redact
 from ray_rl.run_report import RunReport
 
 
@@ -37,8 +39,23 @@ class ProgressView(Protocol):
 class ConsoleProgress:
     """A live bar on a terminal; a line per event elsewhere."""
 
-    def __init__(self, total_steps: int, first_step: int = 0, console: Console | None = None) -> None:
-        """Show steps `first_step` to `total_steps`."""
+    def __init__(
+        self,
+        total_steps: int,
+        first_step: int = 0,
+        console: Console | None = None,
+        *,
+        also: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Show steps.
+
+        Args:
+            total_steps: of the whole run.
+            first_step: after which this sitting begins.
+            console: where to; unset: standard output.
+            also: told each line that is shown.
+        """
+        self._also = also
         self._console = console or Console()
         self._total = total_steps
         self._first = first_step
@@ -69,8 +86,7 @@ class ConsoleProgress:
     def phase(self, text: str) -> None:
         """Show what is being done."""
         self._bar.update(self._task, description=text)
-        if not self._console.is_terminal:
-            self._console.print(text)
+        self._say(text, shown=not self._console.is_terminal)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show step, reward, accuracy, tokens per second and time left."""
@@ -84,21 +100,26 @@ class ConsoleProgress:
             f"{metrics['perf/tokens_per_second']:,.0f} tok/s  {duration:.1f} s/step  left {_clock(left)}"
         )
         self._bar.update(self._task, description="training", completed=step, numbers=numbers)
-        if not self._console.is_terminal:
-            self._console.print(f"step {step}/{self._total}  {numbers}", soft_wrap=True)
+        self._say(f"step {step}/{self._total}  {numbers}", shown=not self._console.is_terminal)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show an evaluation's accuracies."""
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if _is_accuracy(name))
-        self._console.print(f"evaluation after step {step}: {shown}", soft_wrap=True)
+        self._say(f"evaluation after step {step}: {shown}")
 
     def note(self, text: str) -> None:
         """Show a line."""
-        self._console.print(text, soft_wrap=True, markup=False)
+        self._say(text)
 
     def warn(self, text: str) -> None:
         """Show a warning."""
-        self._console.print(f"[yellow]warning[/yellow]: {escape(text)}", soft_wrap=True)
+        self._say(text, before="[yellow]warning[/yellow]: ")
+
+    def _say(self, text: str, *, before: str = "", shown: bool = True) -> None:
+        line = before + escape(redact(text))
+        if shown:
+            self._console.print(line, soft_wrap=True)
+        self._also(Text.from_markup(line).plain)
 
     def report(self, report: RunReport) -> None:
         """The table at the end."""

@@ -16,9 +16,10 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from ray_rl.config import RunConfig
+from ray_rl.config.nodes import Node
 from ray_rl.deadlines import DeadlineExceeded, call_within
 from ray_rl.errors import ConfigError, RunError, first_error
-from ray_rl.placement import Demand, Node, cluster_address, is_own_ray, knock, named_address
+from ray_rl.placement import Demand, cluster_address, is_own_ray, knock, named_address
 
 T = TypeVar("T")
 
@@ -63,8 +64,8 @@ def own_cpus(config: RunConfig) -> int:
 
 
 def cluster_nodes() -> list[Node]:
-    """The total resources of every living node of the Ray that this process has joined."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    """Every living node of the Ray that this process has joined."""
+    return [Node.of_ray(row) for row in ray.nodes() if row["Alive"]]
 
 
 def placement_seconds(config: RunConfig) -> float:

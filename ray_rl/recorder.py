@@ -10,8 +10,9 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
+from ray_rl.redaction import redact
 from ray_rl.sinks import cut_after_step, write_line
-from ray_rl.types import Completion, Continuation, GroupSummary, StateValue, Trajectory, TrajectoryGroup
+from ray_rl.types import Completion, Continuation, GroupSummary, Reward, StateValue, Trajectory, TrajectoryGroup
 
 
 class TokenDecoder(Protocol):
@@ -96,7 +97,7 @@ class GroupRecorder:
         return {
             "reward": trajectory.reward.value,
             "parts": dict(trajectory.reward.parts),
-            "failure": trajectory.reward.failure,
+            "failure": _reason(trajectory.reward),
             "finish_reason": completion.finish_reason,
             "versions": [[span.version, span.start, span.end] for span in completion.versions],
             "tokens": tokens,
@@ -116,13 +117,18 @@ class GroupRecorder:
             "token_ids": list(continuation.completion.token_ids),
             "finish_reason": continuation.completion.finish_reason,
             "reward": continuation.reward.value,
-            "failure": continuation.reward.failure,
+            "failure": _reason(continuation.reward),
         }
 
     def _pieces(self, completion: Completion) -> list[str]:
         """[T] the text of each token; joined they are the completion's text. A token amid a character is empty."""
         text, offsets = self._decoder.decode_with_offsets(completion.token_ids)
         return [text[start:end] for start, end in pairwise((*offsets, len(text)))]
+
+
+def _reason(reward: Reward) -> str | None:
+    """Why grading failed: what a grader raises may hold anything."""
+    return None if reward.failure is None else redact(reward.failure)
 
 
 def _value(value: StateValue) -> dict[str, Any]:

@@ -29,6 +29,8 @@ class RunReport:
     """Reason (stale, decided) -> groups sampled but not trained on, in this sitting. Their tokens are counted above."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Phase -> seconds, in this sitting."""
+    startup: Mapping[str, float] = field(default_factory=dict)
+    """As `Startup.metrics`, of this sitting."""
     peak_bytes: int = 0
     next_steps: list[str] = field(default_factory=list)
 

@@ -9,7 +9,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ class Start:
 class RunFolder:
     """A run on disk.
 
-    ``config.yaml``, ``metrics.jsonl``, ``groups.jsonl``, ``ledger.jsonl``, ``checkpoints/`` (`ray_rl.checkpoints`) and
-    ``final/``. What writes raises NotWritten where the system refuses.
+    ``config.yaml``, ``metrics.jsonl``, ``groups.jsonl``, ``ledger.jsonl``, ``checkpoints/`` (`ray_rl.checkpoints`), ``logs/``
+    (`ray_rl.run_logs`) and ``final/``. What writes raises NotWritten where the system refuses.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,7 +63,7 @@ class RunFolder:
         """
         if path is None:
             path = _new_folder(Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif path.exists() and (not path.is_dir() or any(entry.name != "logs" for entry in path.iterdir())):
             mend = f"go on with it: train --resume {path}; or name" if cls.is_run(path) else "name"
             raise ConfigError(f"--run-dir: {path} is not empty; {mend} a new folder")
         with writing(path):
@@ -107,6 +107,11 @@ class RunFolder:
     def ledger(self) -> Path:
         """Where `ray_rl.ledger` keeps the book of the run."""
         return self.path / "ledger.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """Where `ray_rl.run_logs` keeps what each component says."""
+        return self.path / "logs"
 
     def write_config(self, config: RunConfig) -> None:
         """Write the resolved configuration: a resumed run's may differ from what it was started with."""
@@ -223,9 +228,21 @@ class RunFolder:
             yield
 
     def remove_unused(self) -> None:
-        """Delete the folder if its run never got as far as a metric: the same command can then be given again."""
-        if not (self.path / "metrics.jsonl").exists() and not self.steps():
+        """Delete the folder if its run never got as far as a metric: the same command can then be given again.
+
+        The logs of actors are kept, for they may tell why; a new run may begin in a folder that holds nothing else.
+        """
+        if (self.path / "metrics.jsonl").exists() or self.steps():
+            return
+        if not _actor_logs(self.logs):
             shutil.rmtree(self.path, ignore_errors=True)
+            return
+        for entry in self.path.iterdir():
+            if entry.is_dir() and entry != self.logs:
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry != self.logs:
+                with suppress(OSError):
+                    entry.unlink()
 
     def _at_hand(self, place: Place) -> Path:
         """A folder of a checkpoint, on this machine."""
@@ -236,6 +253,10 @@ class RunFolder:
         if step not in self.steps():
             known = ", ".join(map(str, self.steps())) or "none"
             raise ConfigError(f"{self.where}: no complete checkpoint of step {step}; there are: {known}")
+
+
+def _actor_logs(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*.log") if path.name != "driver.log"]
 
 
 def _new_folder(path: Path) -> Path:

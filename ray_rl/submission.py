@@ -141,20 +141,25 @@ def submit(
     )
     say(f"submission id   {name}")
     say(f"the same        {submission.line(server.address)}")
-    say(f"to follow it    ray job logs --address {server.address} --follow {name}")
-    say(f"to stop it      ray job stop --address {server.address} {name}")
     if not follow:
+        _say_what_next(name, server, say)
         return 0
     log = JobLog(say)
     try:
         end = server.follow(name, log)
     except KeyboardInterrupt:
-        say(f"job {name} goes on; to follow or to stop it, see above")
+        say(f"job {name} goes on")
+        _say_what_next(name, server, say)
         return _INTERRUPTED
     say(f"job {name} {end.status}{f': {end.message}' if end.message else ''}")
     if json_file:
         _write_report(log.report, json_file, end)
     return exit_code(end)
+
+
+def _say_what_next(name: str, server: JobServer, say: Callable[[str], None]) -> None:
+    say(f"to follow it    ray job logs --address {server.address} --follow {name}")
+    say(f"to stop it      ray job stop --address {server.address} {name}")
 
 
 def exit_code(end: JobEnd) -> int:

@@ -15,7 +15,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray_rl.errors import ConfigError
-from ray_rl.wording import one_line, shown
+from ray_rl.garbage import uncollected
+from ray_rl.tokenizer_files import read_generation_eos, read_tokenizer
+from ray_rl.wording import one_line
 
 if TYPE_CHECKING:
     from tokenizers.decoders import Decoder
@@ -32,37 +34,17 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, revision: str | N
     Raises:
         ConfigError: nothing loadable at `path`, or only a slow tokenizer, which doesn't say what the bytes of a token are.
     """
-    from transformers import AutoTokenizer
-
     if os.path.isdir(path) and not any(os.path.isfile(os.path.join(path, name)) for name in _TOKENIZER_FILES):
         raise ConfigError(f"model.path: {path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}); copy it there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
+        with uncollected():
+            tokenizer = read_tokenizer(path, trust_remote_code=trust_remote_code, revision=revision)
         if not tokenizer.is_fast:
             raise ValueError("it has no fast tokenizer (tokenizer.json), which token offsets need")
-        return TokenizerCodec(tokenizer, generation_eos=_generation_eos(path, revision))
+        return TokenizerCodec(tokenizer, generation_eos=read_generation_eos(path, revision))
     # `tokenizers` raises bare Exceptions, and transformers whatever it stumbles over in a broken file.
     except Exception as error:
         raise ConfigError(f"model.path: no tokenizer could be loaded from {path}: {one_line(error)}") from error
-
-
-def _generation_eos(path: str, revision: str | None) -> int | list[int] | None:
-    """What ends a completion by the generation config, a file that a model may lack."""
-    from transformers import GenerationConfig
-
-    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "generation_config.json")):
-        return None
-    try:
-        found = GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
-    except OSError:
-        if os.path.isdir(path):
-            raise
-        return None
-    if found is None or isinstance(found, int):
-        return found
-    if isinstance(found, list) and all(isinstance(token_id, int) for token_id in found):
-        return found
-    raise ValueError(f"eos_token_id in generation_config.json must be a number or a list of them, not {shown(found)}")
 
 
 class TokenizerCodec:

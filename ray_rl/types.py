@@ -152,6 +152,10 @@ class GroupCost:
     """What a group cost to make."""
 
     primary_tokens: int
+    prompt_tokens: int
+    """Of the prompt, each completion's counted."""
+    cached_prompt_tokens: int
+    """Of those, found in the prefix cache."""
     continuations: int
     continuation_tokens: int
     states: int
@@ -171,6 +175,8 @@ class GroupCost:
 
 NO_COST = GroupCost(
     primary_tokens=0,
+    prompt_tokens=0,
+    cached_prompt_tokens=0,
     continuations=0,
     continuation_tokens=0,
     states=0,

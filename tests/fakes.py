@@ -49,6 +49,8 @@ def completion(token_ids: Sequence[int], *, version: int = 0, finished: bool = T
 def summary(position: int = 0, *, version: int = 0, rewards: Sequence[float] = (0.0, 1.0), **changes) -> GroupSummary:
     cost = GroupCost(
         primary_tokens=20,
+        prompt_tokens=30,
+        cached_prompt_tokens=15,
         continuations=12,
         continuation_tokens=60,
         states=4,

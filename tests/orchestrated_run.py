@@ -31,6 +31,7 @@ class Sink:
 class Screen:
     def __init__(self) -> None:
         self.warnings: list[str] = []
+        self.notes: list[str] = []
 
     def phase(self, text) -> None: ...
 
@@ -41,7 +42,8 @@ class Screen:
     def warn(self, text) -> None:
         self.warnings.append(text)
 
-    def note(self, text) -> None: ...
+    def note(self, text) -> None:
+        self.notes.append(text)
 
 
 class Run:
@@ -59,6 +61,8 @@ class Run:
         self.recorded: list[int] = []
         self.recorded_groups: list[list[int]] = []
         self.stop_at: int | None = None
+        self.room = 1000
+        """Rollout actors that the cluster has a place for."""
         problems = [problem(f"p{index}") for index in range(10)]
         self.stream = PromptStream(problems, lambda row, *, position: prompt(position), seed=config.seed, shuffle=True)
         self.report = RunReport(name="test", folder=str(folder.path))
@@ -94,6 +98,7 @@ class Run:
             folder=self.folder,
             ledger=self.ledger,
             journal=Journal(self.config, sink=self.sink, recorder=self, progress=self.screen, report=self.report),
+            without_place=lambda size: max(0, size - self.room),
         )
         if start.step:
             await self.learner.load(self.folder.checkpoint(start.step) / "learner")

@@ -14,7 +14,7 @@ ALLOWED = {
         "nobody waits while holding its lock; the train loop looks at `take` every second, and the collect loop waits in `admit` "
         "for the train loop, whose every wait has a deadline"
     ),
-    "ray_rl.cli:bench": "the user's own program in the foreground, for as long as the benchmarks take",
+    "ray_rl.cli:_run_program": "the user's own program in the foreground, for as long as the benchmarks take",
     "ray_rl.inventory": "threads that only read files and take digests",
     "actors.grader_channel:Channel": "the socket's own timeout is what is left of the caller's; a grader waits for its next job",
     "actors.pool_queue:WorkQueue.take": (

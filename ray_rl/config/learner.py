@@ -7,7 +7,11 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ray_rl.config import deepspeed
+from ray_rl.config.labels import CustomResources, LabelSelector
 from ray_rl.config.section import Section
+
+Packing = Literal["pack", "strict_pack", "spread"]
+"""How the learner's ranks are laid out over nodes."""
 
 
 class LossConfig(Section):
@@ -106,6 +110,13 @@ class LearnerConfig(Section):
     """Data-parallel ranks, one Ray actor each."""
     cpus_per_rank: float = Field(1, gt=0)
     gpus_per_rank: float = Field(0, ge=0)
+    resources: CustomResources = Field(default_factory=dict)
+    """Custom resources of a cluster that one rank takes."""
+    labels: LabelSelector = Field(default_factory=dict)
+    """What the labels of a rank's node must be; as `rollout.labels`."""
+    packing: Packing = "pack"
+    """Where the ranks go, whose places are reserved together before other actors ask. `pack`: on as few nodes as possible;
+    `strict_pack`: on one; `spread`: on different ones where possible."""
     zero_stage: int = Field(0, ge=0, le=3)
     """DeepSpeed ZeRO: 1 shards optimizer state, 2 gradients too, 3 parameters too. In 16-bit formats 0 runs as 1."""
     minibatch_size: int | None = Field(None, ge=1)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ray_rl.config.plain import check_plain, parse_yaml
 from ray_rl.config.run import RunConfig
 from ray_rl.errors import ConfigError
+from ray_rl.redaction import refuse_secrets
 from ray_rl.wording import printable, shown
 
 _MOST_BYTES = 2**20
@@ -34,23 +35,28 @@ def recipe_text(recipe: str) -> str:
         return (resources.files("ray_rl") / "recipes" / f"{recipe}.yaml").read_text()
     path = Path(os.path.expanduser(recipe))
     if os.path.isfile(path):  # False also where a name can't be a path
-        return _text_of(path)
+        return text_of(path)
     raise ConfigError(
         f"recipe: {printable(recipe)} is neither a file nor a shipped recipe ({', '.join(recipe_names())})"
     )
 
 
-def _text_of(path: Path) -> str:
+def text_of(path: Path, what: str = "recipe") -> str:
+    """The text of a file that a person wrote; `what` says in messages what it is.
+
+    Raises:
+        ConfigError: it cannot be read, or is no text of a sensible size.
+    """
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise ConfigError(
-                f"recipe: {path} has {path.stat().st_size / 2**20:.0f} MiB; a recipe is a text of a few KiB"
+                f"{what}: {path} has {path.stat().st_size / 2**20:.0f} MiB; a {what} is a text of a few KiB"
             )
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"recipe: {path} is not UTF-8 text ({error}); name a YAML file") from error
+        raise ConfigError(f"{what}: {path} is not UTF-8 text ({error}); name a YAML file") from error
     except OSError as error:
-        raise ConfigError(f"recipe: {path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{what}: {path} cannot be read: {error.strerror}") from error
 
 
 def load_config(recipe: str, overrides: Sequence[str] = (), *, elsewhere: bool = False) -> RunConfig:
@@ -84,11 +90,12 @@ def resolve_config(data: Mapping[str, Any], overrides: Sequence[str] = (), *, el
     """
     merged = dict(data)
     for override in overrides:
-        path, value = _parse_override(override)
-        merged = _set(merged, path, value)
+        path, value = parse_override(override)
+        merged = with_value(merged, path, value)
     if isinstance(merged.get("task"), str):
         merged["task"] = task_from_text(merged["task"])
     check_plain(merged)
+    refuse_secrets(merged)
     for section in _SECTIONS_WITH_KIND:
         if isinstance(merged.get(section), Mapping):
             merged[section] = {"kind": RunConfig.model_fields[section].default.kind, **merged[section]}
@@ -96,7 +103,7 @@ def resolve_config(data: Mapping[str, Any], overrides: Sequence[str] = (), *, el
         whole = _with_paths(merged, absolute=not (elsewhere or _is_shipped_folder()))
         return RunConfig.model_validate(whole, context={"elsewhere": elsewhere})
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(error))) from error
+        raise ConfigError("\n".join(explain(error, _UNKNOWN_KEY))) from error
 
 
 PATHS = (("model", "path"), ("task", "path"), ("task", "eval_path"), ("reward", "function"))
@@ -149,7 +156,12 @@ def task_from_text(text: str) -> dict[str, Any]:
     return {"kind": "dataset", "path": head, **options}
 
 
-def _parse_override(override: str) -> tuple[list[str], Any]:
+def parse_override(override: str) -> tuple[list[str], Any]:
+    """The path and the value of `section.key=value`.
+
+    Raises:
+        ConfigError: it has another form, or its value is not YAML.
+    """
     path, equals, value = override.partition("=")
     keys = path.split(".")
     if not equals or not path.isprintable() or not all(keys) or len(keys) > _DEEPEST_PATH:
@@ -157,7 +169,7 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
     return keys, parse_yaml(value, f"{path}: {shown(value)} is")
 
 
-def _set(data: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+def with_value(data: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
     """A copy of data with one value set; a changed `kind` clears the keys of the old kind."""
     key, rest = path[0], path[1:]
     result = dict(data)
@@ -169,11 +181,12 @@ def _set(data: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, 
     inner = data.get(key)
     if key == "task" and isinstance(inner, str):
         inner = task_from_text(inner)
-    result[key] = _set(inner if isinstance(inner, Mapping) else {}, rest, value)
+    result[key] = with_value(inner if isinstance(inner, Mapping) else {}, rest, value)
     return result
 
 
-def _explain(error: ValidationError) -> list[str]:
+def explain(error: ValidationError, unknown_key: str) -> list[str]:
+    """The faults that pydantic found, a line each with the path; `unknown_key` says what is wrong with such a one."""
     lines: list[str] = []
     for fault in error.errors():
         location = fault["loc"]
@@ -182,7 +195,7 @@ def _explain(error: ValidationError) -> list[str]:
         message = fault["msg"].removeprefix("Value error, ")
         path = ".".join(str(part) for part in _without_tags(location))
         if fault["type"] == "extra_forbidden":
-            message = "unknown key; `ray-rl validate --json-schema` lists the known ones"
+            message = unknown_key
         elif fault["type"] == "missing":
             message = "is required"
         elif fault["type"] not in ("value_error", "union_tag_invalid"):
@@ -194,6 +207,7 @@ def _explain(error: ValidationError) -> list[str]:
     return lines
 
 
+_UNKNOWN_KEY = "unknown key; `ray-rl validate --json-schema` lists the known ones"
 _ACTORS = ("rollout", "num_actors")
 _SECTIONS_WITH_KIND = ("task", "reward", "segmentation", "values", "advantage", "weights")
 

@@ -4,7 +4,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from ray_rl.config.labels import CustomResources, LabelSelector
 from ray_rl.config.section import Section
+from ray_rl.config.trackers import TrackerConfig
 
 DecidedGroups = Literal["keep", "drop", "refill"]
 """What becomes of groups whose rewards are all equal."""
@@ -63,6 +65,11 @@ class LoggingConfig(Section):
     """What a run records besides metrics.jsonl."""
 
     tensorboard: bool = True
+    ray_metrics: bool = True
+    """Export the run's present numbers as Ray metrics (`ray_rl_*`), which Prometheus scrapes; deploy/grafana/ shows them."""
+    trackers: tuple[TrackerConfig, ...] = ()
+    """Where metrics go besides, for instance `[wandb]` or `[{kind: mlflow, tracking_uri: URL}]`. One that fails or hangs never
+    stops or slows the run."""
     groups_per_step: int = Field(2, ge=0)
     """Groups per step written to groups.jsonl: those with the best and the worst mean reward first."""
     watchdog_seconds: float = Field(900.0, gt=0)
@@ -83,7 +90,7 @@ class RayConfig(Section):
     """Repeat on this terminal what the actors print. It always lies in the logs of Ray's session."""
     placement_timeout: float = Field(10.0, gt=0)
     """Seconds to wait for resources that a cluster lacks before saying what is missing. Where an autoscaler must first start
-    machines, as long as that takes."""
+    machines, as long as that takes: first those of the learner's ranks, and when these have their places, the others."""
 
 
 class RewardActorsConfig(Section):
@@ -91,3 +98,7 @@ class RewardActorsConfig(Section):
 
     actors: int = Field(1, ge=1)
     cpus_per_actor: float = Field(0.5, ge=0)
+    resources: CustomResources = Field(default_factory=dict)
+    """Custom resources of a cluster that one actor takes."""
+    labels: LabelSelector = Field(default_factory=dict)
+    """What the labels of an actor's node must be; as `rollout.labels`."""

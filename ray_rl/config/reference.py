@@ -74,7 +74,7 @@ def _sections_of(annotation: Any) -> list[type[Section]]:
     """The section classes that a field may hold; empty for plain values."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
-    if get_origin(annotation) in (Annotated, Union, types.UnionType):
+    if get_origin(annotation) in (Annotated, Union, types.UnionType, tuple):
         return [section for part in get_args(annotation) for section in _sections_of(part)]
     return []
 

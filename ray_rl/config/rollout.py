@@ -4,6 +4,7 @@ import math
 
 from pydantic import Field, field_validator, model_validator
 
+from ray_rl.config.labels import CustomResources, LabelSelector
 from ray_rl.config.section import Section
 
 
@@ -40,12 +41,18 @@ class RolloutConfig(Section):
     """Ray CPUs of one actor, and (rounded down, at least 1) the threads of its engine on CPU."""
     gpus_per_actor: float = Field(0, ge=0)
     """Ray GPUs of one actor; 0 runs the engine on CPU."""
+    resources: CustomResources = Field(default_factory=dict)
+    """Custom resources of a cluster that one actor takes, for instance `{fast_disk: 1}`."""
+    labels: LabelSelector = Field(default_factory=dict)
+    """What the labels of an actor's node must be, as in Ray's label selectors: `{pool: rollout}`, `{pool: "!learner"}`,
+    `{ray.io/accelerator-type: "in(H100,H200)"}`. Its engine's processes are always on the actor's node."""
     tensor_parallel: int = Field(1, ge=1)
     """GPUs that share one engine's weights."""
     kv_cache_gib: float | None = Field(None, gt=0)
     """Memory of the key-value cache. Unset: 1 GiB on CPU, and on a GPU what `gpu_memory_share` leaves."""
     gpu_memory_share: float = Field(0.85, gt=0, le=1)
-    """Share of each GPU's memory that an engine may take."""
+    """Share that an engine may take of the memory of each of its GPUs; where `gpus_per_actor` is below 1, of that part of one.
+    A part wants `kv_cache_gib` as well: without it vLLM measures, and stumbles over what the neighbour does meanwhile."""
     block_size: int = Field(32, ge=1)
     """Tokens per cache block; only whole blocks of a prefix are found again."""
     max_sequences: int = Field(256, ge=1)

@@ -91,6 +91,8 @@ class Chain:
             continuations=continuations,
             cost=GroupCost(
                 primary_tokens=self.n * len(sampled),
+                prompt_tokens=0,
+                cached_prompt_tokens=0,
                 continuations=len(continuations),
                 continuation_tokens=sum(len(c.completion.token_ids) for c in continuations),
                 states=len(valuation.tree.states),

@@ -60,7 +60,7 @@ def collect(config: RunConfig, engine: Engine):
 def test_vineppo_values_each_distinct_state_once_with_the_tokens_that_are_left():
     engine = Engine(
         {
-            PROMPT: [completion(RIGHT), completion(WRONG)],
+            PROMPT: [completion(RIGHT), completion(WRONG, cached=2)],
             (*PROMPT, 1, 3): [completion((4, 2, END), cached=3), completion((4, 1, END), cached=3)],
         }
     )
@@ -74,7 +74,8 @@ def test_vineppo_values_each_distinct_state_once_with_the_tokens_that_are_left()
     assert group.cost.states == 2
     assert group.cost.primary_tokens == 10
     assert group.cost.continuation_tokens == 10 + 6
-    assert (group.cost.prefix_tokens, group.cost.cached_prefix_tokens) == (2 * 3 + 2 * 5, 6)
+    assert (group.cost.prompt_tokens, group.cost.cached_prompt_tokens) == (2 * 3, 2)
+    assert (group.cost.prefix_tokens, group.cost.cached_prefix_tokens) == (2 * 3 + 2 * 5, 2 + 6)
     assert group.cost.cacheable_prefix_tokens == 0  # no prefix fills a block
 
 

@@ -47,6 +47,8 @@ class Rank:
         metrics = [engine.train(samples, step) for step, samples in enumerate(batches)]
         weights = {name: tensor.clone().numpy() for name, tensor in engine.named_parameters_gathered()}
         assert [tensor.nbytes for tensor in weights.values()] == engine.parameter_bytes()
+        shapes = [(name, tensor.shape) for name, tensor in weights.items()]
+        assert shapes == [(name, shape) for name, _, shape in engine.parameter_shapes()]
         return metrics, weights
 
 

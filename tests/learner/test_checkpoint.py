@@ -65,6 +65,12 @@ def test_a_full_disk_is_one_line_and_the_learner_goes_on(model_path, tmp_path, o
     assert largest_difference(weights(engine), weights(restored)) == 0.0
 
 
+def test_who_may_read_an_exports_configuration_may_read_its_weights(model_path, tmp_path):
+    export_model(trained(model_path), model_path, tmp_path / "final")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "final").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_an_export_onto_a_full_disk_is_one_line_too(model_path, tmp_path):
     engine = trained(model_path)
     with files_of_at_most(20_000), pytest.raises(CheckpointNotWritten, match=r"^.*final: could not be written: .*$"):

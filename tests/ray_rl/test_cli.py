@@ -150,3 +150,10 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_says_what_is_wrong_w
     assert done.exit_code == 0, done.output
     assert started == [2]
     assert "warning: step 4 is damaged; going on from step 2" in done.output
+
+
+@pytest.mark.parametrize("command", ["bench", "plan"])
+def test_programs_of_the_repository_are_missed_without_it(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("ray_rl.cli.__file__", str(tmp_path / "ray_rl" / "cli.py"))
+    result = CliRunner().invoke(app, [command, "x"])
+    assert str(result.exception).startswith(f"{command}: its program lies in the repository's benchmarks/")

@@ -8,11 +8,12 @@ import pytest
 
 from ray_rl import installation
 from ray_rl.config import RunConfig, resolve_config
+from ray_rl.config.nodes import Node
 from ray_rl.doctor import cpus, device_memory, devices, disk, examine, memory, require, room, shared_memory, store, task
 from ray_rl.embedded import policy_path
 from ray_rl.errors import ConfigError
 from ray_rl.footprint import GIB, Footprint
-from ray_rl.installation import Finding, packages, vllm_build
+from ray_rl.installation import Finding, packages, trackers, vllm_build
 from ray_rl.machine import Machine
 from tests.faulty_store import empty_store, failing
 
@@ -149,6 +150,13 @@ def test_a_gpu_that_cannot_hold_a_rank_or_an_engine_is_a_fault():
     assert "learner.zero_stage" in found[0].mend
 
 
+def test_half_a_gpu_has_half_of_its_memory_for_an_engine():
+    needs = footprint(rank_device=GIB, engine_device=8 * GIB)
+    for part, verdict in ((1, "ok"), (0.5, "fault")):
+        found = device_memory(config(*GPU_RECIPE, f"rollout.gpus_per_actor={part}"), needs, machine(gpus=(12 * GIB,)))
+        assert verdicts(found)[1] == verdict
+
+
 def test_shared_memory_must_hold_one_version():
     small = [shared_memory(config(), footprint(), machine(shared_memory=size)) for size in (GIB - 1, GIB, 2 * GIB)]
     assert verdicts(small) == ["fault", "warning", "ok"]
@@ -195,10 +203,10 @@ def test_a_cluster_that_does_not_answer_is_a_fault():
 @pytest.mark.parametrize(("seconds", "verdict"), [(5, "fault"), (10, "fault"), (600, "warning")])
 def test_a_cluster_without_room_is_a_fault_unless_the_run_waits_for_an_autoscaler(seconds, verdict):
     waits = config("ray.address=10.0.0.1:6379", f"ray.placement_timeout={seconds}")
-    finding = room(waits, [{"CPU": 0.5}])
+    finding = room(waits, [Node(name="node", cpus=0.5)])
     assert (finding.check, finding.verdict) == ("ray.address", verdict)
     assert "ray.placement_timeout" in finding.mend
-    assert room(waits, [{"CPU": 64.0}]).verdict == "ok"
+    assert room(waits, [Node(name="node", cpus=64)]).verdict == "ok"
 
 
 @pytest.mark.parametrize(
@@ -265,3 +273,22 @@ def test_a_dataset_file_is_here_and_a_name_is_read_from_the_hub(tmp_path):
     (there,) = task(config("task={kind: dataset, path: openai/gsm8k}"))
     assert "hub" not in here.found
     assert "hub" in there.found
+
+
+def test_a_ray_of_the_runs_own_has_neither_labels_nor_custom_resources():
+    asks = config("rollout.labels={pool: a, ray.io/accelerator-type: H100}", "learner.resources={disk: 1}")
+    found = [finding for finding in examine(asks) if finding.check == "ray.address"]
+    assert [(finding.verdict, finding.found) for finding in found] == [
+        ("fault", "a Ray of the run's own has no disk, which learner asks for"),
+        ("fault", "a Ray of the run's own has no pool, which rollout asks for"),
+    ]
+    assert "leave out rollout.resources and rollout.labels" in found[1].mend
+
+
+def test_a_tracker_whose_library_is_missing_is_a_fault_before_anything_starts(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    tracked = config("logging.trackers=[wandb, {kind: mlflow}, wandb]")
+    wandb, mlflow = trackers(tracked)
+    assert str(wandb) == "logging.trackers: wandb is not installed; pip install wandb, or leave wandb out"
+    assert str(mlflow) == "logging.trackers: mlflow is not installed; pip install mlflow-skinny, or leave mlflow out"
+    assert {wandb.verdict, mlflow.verdict} == {"fault"}

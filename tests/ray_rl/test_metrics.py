@@ -1,5 +1,6 @@
 """Reductions against hand-worked numbers and brute force."""
 
+import dataclasses
 import itertools
 import math
 
@@ -19,6 +20,8 @@ def sample(value: float, answer: str = "", tokens: int = 5, finished: bool = Tru
 def cost(primary: int = 10, continuation: int = 0, states: int = 0, prefix: int = 0, cached: int = 0) -> GroupCost:
     return GroupCost(
         primary_tokens=primary,
+        prompt_tokens=4 * primary,
+        cached_prompt_tokens=primary,
         continuations=3 * states,
         continuation_tokens=continuation,
         states=states,
@@ -135,6 +138,12 @@ def test_shares_of_continuations_weigh_groups_by_their_tokens():
     assert metrics["continuations/per_state"] == 3
     assert metrics["tokens/primary"] == 40
     assert metrics["tokens/continuations"] == 60
+
+
+def test_the_prompt_cache_hit_rate_is_a_share_of_the_completions_prompt_tokens():
+    half = dataclasses.replace(cost(10), prompt_tokens=20, cached_prompt_tokens=10)
+    none = dataclasses.replace(cost(10), prompt_tokens=60, cached_prompt_tokens=0)
+    assert step_metrics([summary(cost=half), summary(cost=none)], 0)["rollout/cache_hit_rate"] == 0.125
 
 
 def test_values_weigh_groups_by_segments_and_leave_out_groups_without_any():

@@ -1,3 +1,4 @@
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,23 @@ def test_an_evaluation_before_is_not_reported_as_one_after(folder):
     report = Run(folder, config).go().report
     assert report.evaluation_before["eval/pass@1"] == 0.0
     assert report.evaluation_after == {}
+
+
+@pytest.mark.parametrize(("room", "said"), [(2, ""), (1, "; the cluster has no place for 1 of the 2 at present")])
+def test_a_run_that_grows_by_itself_says_when_the_cluster_has_no_place_for_that(folder, room, said):
+    class SlowPool(FakePool):
+        async def collect(self, prompt):
+            await asyncio.sleep(0.01)
+            return await super().collect(prompt)
+
+    config = resolve_config(
+        {
+            "training": {"steps": 3, "prompts_per_step": 4, "max_staleness": 0},
+            "evaluation": {"problems": 1},
+            "rollout": {"num_actors": {"min": 1, "max": 2}},
+        }
+    )
+    run = Run(folder, config, pool=SlowPool())
+    run.room = room
+    run.go()
+    assert run.screen.notes == [f"rollout.num_actors: from 1 to 2 actors{said}"]

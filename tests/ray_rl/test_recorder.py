@@ -43,6 +43,8 @@ def group() -> TrajectoryGroup:
     continuation = Continuation(trajectory=0, boundary=2, completion=completion((1, 0)), reward=Reward(value=1.0))
     cost = GroupCost(
         primary_tokens=5,
+        prompt_tokens=6,
+        cached_prompt_tokens=0,
         continuations=1,
         continuation_tokens=2,
         states=2,

@@ -371,3 +371,17 @@ def test_a_folder_whose_run_never_began_can_be_removed_and_one_with_metrics_stay
     (folder.path / "metrics.jsonl").unlink()
     folder.remove_unused()
     assert not folder.path.exists()
+
+
+def test_of_a_run_that_never_began_the_logs_of_its_actors_are_kept_and_the_next_one_may_begin_there(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", RunConfig())
+    folder.logs.mkdir()
+    (folder.logs / "driver.log").write_text("begins\n")
+    (folder.logs / "rollout-0.log").write_text("no such device\n")
+    folder.remove_unused()
+    assert [path.name for path in folder.path.iterdir()] == ["logs"]
+    again = RunFolder.create(folder.path, RunConfig())
+    assert (again.logs / "rollout-0.log").read_text() == "no such device\n"
+    (again.logs / "rollout-0.log").unlink()
+    again.remove_unused()
+    assert not folder.path.exists()

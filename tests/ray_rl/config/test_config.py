@@ -11,6 +11,7 @@ from ray_rl.config.load import recipe_names, recipe_text, task_from_text
 from ray_rl.config.values import FixedValues
 
 SHIPPED = {
+    "gpu-cluster",
     "gpu-node",
     "gsm8k-grpo",
     "gsm8k-vineppo",
@@ -278,3 +279,20 @@ def test_paths_that_exist_here_are_kept_whole_so_that_a_run_resumes_from_anywher
 def test_a_length_beyond_the_models_positions_is_told_before_the_model_is_loaded():
     with pytest.raises(ConfigError, match=r"^model\.max_model_len: 512 exceeds the 256 positions of embedded"):
         resolve_config({}, ["model.max_model_len=512"])
+
+
+def test_absolute_paths_say_nothing_here_when_the_run_takes_place_elsewhere():
+    given = {"model": {"path": "/models/of/the/cluster"}}
+    assert faults(given)[0].startswith("model.path: /models/of/the/cluster does not exist")
+    assert resolve_config(given, elsewhere=True).model.path == "/models/of/the/cluster"
+    with pytest.raises(ConfigError, match=r"model\.path: \./mine does not exist"):
+        resolve_config({"model": {"path": "./mine"}}, elsewhere=True)
+
+
+@pytest.mark.parametrize(("job", "is_kept"), [('{"runtime_env": {"working_dir": "gcs://x.zip"}}', True), ("{}", False)])
+def test_in_a_job_a_path_stays_what_it_is_on_every_node(tmp_path, monkeypatch, job, is_kept):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").touch()
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", job)
+    function = resolve_config({"reward": {"kind": "python", "function": "mine.py:score"}}).reward.function
+    assert function == ("mine.py:score" if is_kept else f"{tmp_path}/mine.py:score")
