@@ -161,6 +161,7 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="also write the numbers here")] = None,
 ) -> None:
     """Accuracy on the held-out problems: pass@1, greedy, and with evaluation.samples > 1 pass@k and majority@k."""
+    from ray_rl.placement import is_own_ray
     from ray_rl.run_places import is_run, open_run, place_of
 
     if json_file and not json_file.parent.is_dir():
@@ -169,6 +170,9 @@ def evaluate(
         folder = open_run(place_of(source))
         policy = folder.policy(checkpoint)
         config = resolve_config(folder.config_data(), [*(overrides or []), f"model.path={policy}"])
+        if is_url(source) and not is_own_ray(config):
+            mend = "export it to storage that they share, and give model.path"
+            typer.echo(f"warning: the policy was fetched to this node only; for engines on others, {mend}", err=True)
     elif checkpoint is not None:
         raise ConfigError("--checkpoint: only a run has checkpoints")
     else:

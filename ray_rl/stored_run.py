@@ -21,6 +21,7 @@ from ray_rl.control import CONTROL_FILE
 from ray_rl.errors import ConfigError, RunError, writing
 from ray_rl.lease import LEASE, Lease, Rhythm, holder
 from ray_rl.object_store import ObjectStore, Place
+from ray_rl.ray_gauges import DISCOVERY_FILE
 from ray_rl.run_state import RunFolder
 from ray_rl.stored_checkpoints import StoredCheckpoints, stored_manifest
 
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _CHECKPOINTS, _FINAL, _POLICY = "checkpoints", "final", "policy"
 _IN_THE_STORE_ONLY = (_CHECKPOINTS, _FINAL, LEASE)
-_HERE_ONLY = (_POLICY, CONTROL_FILE)
+_HERE_ONLY = (_POLICY, CONTROL_FILE, DISCOVERY_FILE)
 
 
 class StoredRun(RunFolder):
@@ -42,18 +43,21 @@ class StoredRun(RunFolder):
             rhythm: of the lease.
         """
         with writing(Path(tempfile.gettempdir())):
-            super().__init__(Path(tempfile.mkdtemp(prefix="ray-rl-run-")))
+            made = Path(tempfile.mkdtemp(prefix="ray-rl-run-"))
+            super().__init__(made / store.name)  # whoever shows the run in a list takes that for its name
+            self.path.mkdir()
         self.store = store
         self._checkpoints: StoredCheckpoints = StoredCheckpoints(store / _CHECKPOINTS, self._before_manifest)
         self._lease = Lease(store, self.path, rhythm or Rhythm())
-        self._removal = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        self._removal = weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
         self._sent: dict[str, tuple[int, int]] = {}
         """Name -> size and time of what the store has of the working copy."""
 
     @classmethod
     def make(cls, store: ObjectStore, config: RunConfig, rhythm: Rhythm | None = None) -> StoredRun:
         """As `RunFolder.create`."""
-        if names := store.sizes():
+        names = store.sizes()
+        if any(not name.startswith("logs/") for name in names):
             mend = f"go on with it: train --resume {store}; or name" if "config.yaml" in names else "name"
             raise ConfigError(f"--run-dir: {store} is not empty; {mend} a new folder")
         run = cls(store, rhythm)
@@ -67,7 +71,7 @@ class StoredRun(RunFolder):
         try:
             run._fetch("config.yaml")
         except FileNotFoundError as error:
-            raise ConfigError(f"{store}: not a run folder (there is no config.yaml in it)") from error
+            raise _no_run(store) from error
         return run
 
     @property
@@ -116,9 +120,11 @@ class StoredRun(RunFolder):
 
     def remove_unused(self) -> None:
         """As `RunFolder.remove_unused`."""
-        if not (self.path / "metrics.jsonl").exists() and not self.steps():
-            shutil.rmtree(self.path, ignore_errors=True)
+        is_used = (self.path / "metrics.jsonl").exists() or self.steps()
+        super().remove_unused()
+        if not is_used:
             self.store.delete_all()
+            self._sent.clear()
 
     def _before_manifest(self) -> None:
         self._mirror()
@@ -167,8 +173,14 @@ def working_copy(store: ObjectStore) -> Path:
         ConfigError: it is not, or no run is going on there.
     """
     found = holder(store)
+    if found is None and "config.yaml" not in store.sizes():
+        raise _no_run(store)
     if found is None:
         raise ConfigError(f"{store}: no run is going on here; go on with this one: ray-rl train --resume {store}")
     if found.host != socket.gethostname() or not Path(found.folder).is_dir():
         raise ConfigError(f"{store}: {found} drives this run; ask there, of its working copy: {found.folder}")
     return Path(found.folder)
+
+
+def _no_run(store: ObjectStore) -> ConfigError:
+    return ConfigError(f"{store}: not a run folder (there is no config.yaml in it)")

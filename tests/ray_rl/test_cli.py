@@ -26,6 +26,13 @@ def ray_rl(*arguments: str) -> subprocess.CompletedProcess:
         (("train", "nowhere"), "error: recipe: nowhere is neither a file nor a shipped recipe"),
         (("train",), "error: train: name a recipe"),
         (("train", "--resume", "/nowhere"), "error: /nowhere: not a run folder"),
+        (("train", "--resume", "file:///nowhere"), "error: file:///nowhere: not a run folder"),
+        (("train", "laptop-grpo", "--run-dir", "s3://key:secret@bucket/a"), "error: s3://bucket/a: a URL is no place"),
+        (("train", "laptop-grpo", "--run-dir", "dropbox://a"), "error: dropbox://a: dropbox:// needs a package"),
+        (("evaluate", "file:///nowhere"), "error: file:///nowhere: not a run folder"),
+        (("export", "file:///nowhere", "/tmp/x"), "error: file:///nowhere: not a run folder"),
+        (("status", "file:///nowhere"), "error: file:///nowhere: not a run folder"),
+        (("scale", "file:///nowhere", "2"), "error: file:///nowhere: not a run folder"),
         (("validate", "laptop-grpo", "rollout.group_siz=3"), "error: rollout.group_siz: unknown key"),
         (
             ("validate", "laptop-grpo", "rollout.group_size=1", "learner.minibatch_size=8"),

@@ -9,12 +9,13 @@ import pytest
 from ray_rl import installation
 from ray_rl.config import RunConfig, resolve_config
 from ray_rl.config.nodes import Node
-from ray_rl.doctor import cpus, device_memory, devices, disk, examine, memory, require, room, shared_memory, task
+from ray_rl.doctor import cpus, device_memory, devices, disk, examine, memory, require, room, shared_memory, store, task
 from ray_rl.embedded import policy_path
 from ray_rl.errors import ConfigError
 from ray_rl.footprint import GIB, Footprint
 from ray_rl.installation import Finding, packages, trackers, vllm_build
 from ray_rl.machine import Machine
+from tests.faulty_store import empty_store, failing
 
 GPU_RECIPE = ("rollout.gpus_per_actor=1", "learner.gpus_per_rank=1")
 
@@ -48,6 +49,23 @@ def verdicts(findings) -> list[str]:
 def _outside_of_clusters(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("RAY_JOB_ID", raising=False)
+
+
+def test_a_store_is_written_to_and_left_as_it_was():
+    place = empty_store()
+    assert store(place).verdict == "ok"
+    assert place.sizes() == {}
+    with failing(0):
+        finding = store(place)
+    assert finding.verdict == "fault"
+    assert str(finding).startswith("--run-dir: faulty://bucket/run/doctor-")
+    assert "could not be written" in str(finding)
+
+
+def test_a_run_in_a_store_needs_no_room_here_for_its_checkpoints():
+    checks = [finding.check for finding in examine(config(), folder=empty_store())]
+    assert "--run-dir" in checks
+    assert "disk" not in checks
 
 
 def test_the_default_recipe_has_no_fault_here_and_that_is_known_in_two_seconds():

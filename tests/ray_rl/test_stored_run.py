@@ -276,6 +276,28 @@ def test_a_run_that_is_in_use_is_named_by_its_driver_s_copy(saved):
         saved.delete(LEASE)
 
 
+def test_the_logs_of_a_run_that_never_got_as_far_as_a_metric_are_kept():
+    store = empty_store()
+    folder = StoredRun.make(store, config_of(), QUICK)
+    with folder.locked():
+        folder.logs.mkdir()
+        (folder.logs / "rollout-0.log").write_text("why")
+        folder.remove_unused()
+    assert list(store.sizes()) == ["logs/rollout-0.log"]
+    StoredRun.make(store, config_of(), QUICK)
+
+
+def test_what_only_means_something_here_is_not_sent(saved):
+    folder = StoredRun.found(saved, QUICK)
+    assert folder.path.name == "run"
+    with folder.locked():
+        for name in ("control.json", "prometheus.json", ".lock"):
+            (folder.path / name).write_text("{}")
+        (folder.path / "report.json").write_text("{}")
+    assert not {"control.json", "prometheus.json", ".lock"} & saved.sizes().keys()
+    assert "report.json" in saved.sizes()
+
+
 def test_a_run_that_never_got_as_far_as_a_metric_leaves_nothing():
     store = empty_store()
     folder = StoredRun.make(store, config_of(), QUICK)
