@@ -324,6 +324,7 @@ class Engine:
             return task.result()
         finally:
             task.cancel()
+            task.add_done_callback(_forget)
 
     def _check_trust(self) -> None:
         if self._distrusted is not None:
@@ -339,6 +340,12 @@ def _load(args: dict[str, Any]) -> AsyncLLM:
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
     except RuntimeError as error:
         raise EngineDied(f"the engine did not start: {error}") from error
+
+
+def _forget(task: asyncio.Future[Any]) -> None:
+    """Of a request that was given up, asyncio would log at length that nobody looked at its end."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _nothing() -> None:

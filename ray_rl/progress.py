@@ -56,6 +56,7 @@ class ConsoleProgress:
             also: told each line that is shown.
         """
         self._also = also
+        self._phase = ""
         self._console = console or Console()
         self._total = total_steps
         self._first = first_step
@@ -86,6 +87,9 @@ class ConsoleProgress:
     def phase(self, text: str) -> None:
         """Show what is being done."""
         self._bar.update(self._task, description=text)
+        if text == self._phase:
+            return
+        self._phase = text
         self._say(text, shown=not self._console.is_terminal)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -100,6 +104,7 @@ class ConsoleProgress:
             f"{metrics['perf/tokens_per_second']:,.0f} tok/s  {duration:.1f} s/step  left {_clock(left)}"
         )
         self._bar.update(self._task, description="training", completed=step, numbers=numbers)
+        self._phase = "training"
         self._say(f"step {step}/{self._total}  {numbers}", shown=not self._console.is_terminal)
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -104,7 +104,7 @@ def main() -> None:
     """Read messages to their end. Exit code 1: the tracker does not work."""
     threading.Thread(target=_outlive, args=(os.getppid(),), name="driver-watch", daemon=True).start()
     messages, reasons = _take_streams()
-    inherit_log("wandb", "trackio", "mlflow", shown=False)
+    inherit_log("mlflow", shown=False)
     try:
         start = json.loads(next(messages))
         with OPEN[start["options"]["kind"]](start) as log:

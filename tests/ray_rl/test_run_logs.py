@@ -114,6 +114,7 @@ def test_what_is_no_terminal_gets_a_line_for_each_step_and_so_does_the_log(monke
     step = {"reward/mean": 0.5, "reward/accuracy": 0.25, "perf/tokens_per_second": 1234.0, "timing/step": 2.0}
     with ConsoleProgress(3, console=Console(file=screen, width=40), also=told.append) as progress:
         progress.phase("training")
+        progress.phase("training")
         progress.step(1, step)
         progress.step(2, step)
         progress.warn(f"something [odd] {SENTINEL}")
