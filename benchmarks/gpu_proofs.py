@@ -199,10 +199,10 @@ class _Stage:
             differences += [abs(one - other) for one, other in zip(ours, sampled.logprobs, strict=True)]
         mean, most, tolerance = statistics.fmean(differences), max(differences), probe_tolerance(self._config)
         figures |= {"tokens": len(differences), "parity mean": mean, "parity max": most}
-        if not (mean <= tolerance / 10 and most <= 2 * tolerance):
+        if not (mean <= tolerance / 20 and most <= tolerance):
             raise ProofFailed(
                 f"engine and learner differ by {mean:.2g} nats a token on average, {most:.2g} at most; allowed are "
-                f"{tolerance / 10:.2g} and {2 * tolerance:.2g}"
+                f"{tolerance / 20:.2g} and {tolerance:.2g}"
             )
 
     async def replace(self) -> None:

@@ -18,7 +18,7 @@ class WeightSection(Section):
     """Seconds one publication to all engines may take."""
     probe_tolerance: float | None = Field(None, gt=0)
     """Largest difference between engine and learner in a log-probability of the probe prompt. Unset: 1e-4 in float32;
-    0.05 in float32 on GPUs, where vLLM's attention multiplies in TF32; 0.5 in 16-bit formats, whose rounding differs between
+    0.05 in float32 on GPUs, where vLLM's attention multiplies in TF32; 1 in 16-bit formats, whose rounding differs between
     the two: that tells another policy, but not the policy of one step before."""
 
 

@@ -106,8 +106,8 @@ def test_an_engine_on_gpus_gets_the_time_to_end_its_communicators() -> None:
     [
         ((), 1e-4),
         (("rollout.gpus_per_actor=1",), 0.05),
-        (("model.dtype=bfloat16",), 0.5),
-        (("model.dtype=bfloat16", "rollout.gpus_per_actor=1"), 0.5),
+        (("model.dtype=bfloat16",), 1.0),
+        (("model.dtype=bfloat16", "rollout.gpus_per_actor=1"), 1.0),
         (("model.dtype=bfloat16", "weights.probe_tolerance=0.1"), 0.1),
     ],
 )
