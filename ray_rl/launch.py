@@ -110,8 +110,6 @@ class Prepared:
             ConfigError: one of them is not what the configuration says.
         """
         model, source = config.model, model_source(config)
-        if isinstance(config.reward, PythonRewardConfig):
-            check_python_function(config.reward.function)
         check_model_folder(source)
         task = make_task(config.task)
         self.codec = load_tokenizer(source, trust_remote_code=model.trust_remote_code, revision=model.revision)
@@ -139,6 +137,8 @@ def _prepared_in_ray(config: RunConfig, startup: Startup, *, evaluates: bool = T
         startup.reached("prepared")
         return prepared
 
+    if isinstance(config.reward, PythonRewardConfig):  # in this thread: the user's module may want the main one
+        check_python_function(config.reward.function)
     what = "model and data to be read"
     reading = in_daemon(read, what)
     with ray_session(config):  # in this thread, with whose end the system would kill Ray's processes
