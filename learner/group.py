@@ -24,7 +24,7 @@ from ray_rl.config.run import RunConfig
 from ray_rl.deadlines import Deadline, DeadlineExceeded, first_of, wait
 from ray_rl.errors import RunError
 from ray_rl.inventory import FileEntry
-from ray_rl.object_store import Place
+from ray_rl.object_store import ObjectStore, Place
 from ray_rl.protocols import CollectedGroup, GroupsLost, LearnerDied, PublishedWeights, Receiver, TransferBroke
 from ray_rl.types import StepStats
 from ray_rl.weight_manifest import ObjectStorePayload, Probe
@@ -184,6 +184,15 @@ class LearnerGroup:
         """What an engine with the current policy must compute."""
         probe, *_ = await self._on_all_ranks("probe", what="the learner's log-probabilities of the probe prompt")
         return probe
+
+    async def reach(self, store: ObjectStore) -> None:
+        """See that every rank can write into a store, so that this does not show at the first checkpoint.
+
+        Raises:
+            RunError: one cannot; the message names it and its node.
+            LearnerDied: a rank's process is gone, or hangs.
+        """
+        await self._on_all_ranks("reach", store, what=f"the ranks to write into {store}")
 
     async def save(self, folder: Place) -> Mapping[str, FileEntry]:
         """Everything a resumed run needs of the learner, in a folder that all ranks' nodes reach.

@@ -21,6 +21,7 @@ from learner.weight_publisher import ObjectStorePublisher, make_probe
 from ray_rl.config.run import RunConfig
 from ray_rl.config.weights import ObjectStoreWeights
 from ray_rl.deadlines import Deadline, DeadlineExceeded, get
+from ray_rl.errors import RunError
 from ray_rl.inventory import FileEntry
 from ray_rl.object_store import ObjectStore, Place
 from ray_rl.run_logs import keep_log
@@ -152,6 +153,17 @@ class LearnerActor:
     def logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """As `LearnerEngine.logprobs`."""
         return self._engine.logprobs(token_ids)
+
+    def reach(self, store: ObjectStore) -> None:
+        """See that this rank can write into a store.
+
+        Raises:
+            RunError: it cannot.
+        """
+        try:
+            store.prove()
+        except RunError as error:
+            raise RunError(f"rank {self._rank} of the learner, on {socket.gethostname()}: {error}") from error
 
     def save(self, folder: Place) -> dict[str, FileEntry]:
         """As `save_checkpoint`; or as `store_checkpoint`, with what this rank put there."""

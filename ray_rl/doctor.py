@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from importlib import util
 from pathlib import Path
@@ -45,7 +44,6 @@ from ray_rl.model_files import check_model_folder
 from ray_rl.object_store import ObjectStore, Place
 from ray_rl.placement import Demand, is_own_ray, knock, named_address, shortage
 from ray_rl.weight_file import sweep_dead
-from ray_rl.wording import one_line
 
 _KNOCK_SECONDS = 2.0
 _UNFETCHED = "its memory is not estimated; fetch it to have that"
@@ -281,16 +279,10 @@ def disk(config: RunConfig, footprint: Footprint, folder: Path) -> Finding:
 
 def store(folder: ObjectStore) -> Finding:
     """Whether a run's folder in an object store can be written, read and cleared."""
-    name, text = f"doctor-{uuid.uuid4().hex}", b"ray-rl doctor was here; this can be deleted"
     try:
-        folder.write(name, text)
-        answer = folder.read(name)
-        folder.delete(name)
-    except (RunError, FileNotFoundError) as error:
-        return Finding(check="--run-dir", found=one_line(error), verdict="fault")
-    if answer != text:
-        found = f"{folder}: gives back something else than was written"
-        return Finding(check="--run-dir", found=found, verdict="fault", mend="use another store")
+        folder.prove()
+    except RunError as error:
+        return Finding(check="--run-dir", found=str(error), verdict="fault")
     return Finding(check="--run-dir", found=f"{folder} can be written and read")
 
 

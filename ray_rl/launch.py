@@ -36,6 +36,7 @@ from ray_rl.journal import Journal
 from ray_rl.ledger import Ledger
 from ray_rl.memory import MemoryWatch
 from ray_rl.model_files import check_model_folder
+from ray_rl.object_store import ObjectStore
 from ray_rl.orchestrator import Orchestrator
 from ray_rl.placement import Demand, is_own_ray, rank_homes, unplaced_rollout_actors, wait_for_place
 from ray_rl.progress import ConsoleProgress
@@ -168,8 +169,10 @@ async def _train(
     async with _actors(config, run_id, startup, warn=progress.warn, step=start.step, logs=folder.logs) as actors:
         learner = actors.learner
         assert learner is not None
+        if isinstance(checkpoint := folder.checkpoint(start.step), ObjectStore):
+            await learner.reach(checkpoint.parent)
         if start.step:
-            await learner.load(folder.checkpoint(start.step) / "learner")
+            await learner.load(checkpoint / "learner")
             report.evaluation_before = logged_metrics(folder.path / "metrics.jsonl", 0)
         gauges = RayGauges(config.name, folder.path.name, exports=config.logging.ray_metrics)
         files = make_sink(folder.path, config.logging, resume_step=start.step)

@@ -1,23 +1,19 @@
 """A folder in an object store, by URL: whole objects are written, read, listed and deleted, nothing is appended.
 
-s3:// and gs:// go through pyarrow, which brings both along; file:// too; any other scheme through fsspec, whose package for it
-must be installed. Credentials come from where these look for them: AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_REGION,
-AWS_ENDPOINT_URL or the instance's role; GOOGLE_APPLICATION_CREDENTIALS. Every operation has a deadline and few attempts, and
-ends with one line. pyarrow and fsspec are imported where they are needed.
+Every operation has a deadline and few attempts, and ends with one line. What reaches a store: `ray_rl.store_connection`.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, TypeVar, cast
+from typing import IO, TYPE_CHECKING, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
 import xxhash
@@ -25,6 +21,7 @@ import xxhash
 from ray_rl.deadlines import call_within
 from ray_rl.errors import ConfigError, NotWritten, RunError
 from ray_rl.inventory import FileEntry
+from ray_rl.store_connection import connect, scheme_of
 from ray_rl.wording import one_line
 
 if TYPE_CHECKING:
@@ -37,10 +34,6 @@ _WITH_FOLDERS = ("file", "local", "hdfs", "sftp", "ssh", "smb")
 """Schemes where a file is visible while it grows, and can be renamed."""
 _PARTIAL = ".partial"
 _BLOCK_BYTES = 8 << 20
-_S3_CONNECT_SECONDS = 10.0
-_S3_REQUEST_SECONDS = 30.0
-_REGION = ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE")
-"""What says where a bucket lies; without any of these S3 is asked."""
 
 
 class StoreUnreadable(RunError):
@@ -200,6 +193,23 @@ class ObjectStore:
         with _writing(f"{self}/{name}"):
             self._tried(partial(self._delete, name), f"to delete {name}")
 
+    def prove(self) -> None:
+        """See that objects can be written, read and deleted here, from this machine.
+
+        Raises:
+            NotWritten: they cannot, or another one comes back than was written.
+            StoreUnreadable: they cannot be read.
+        """
+        name, text = f"proof-{uuid.uuid4().hex}", b"ray-rl has tried whether it can write here; this can be deleted"
+        self.write(name, text)
+        try:
+            answer = self.read(name)
+        except FileNotFoundError:
+            answer = b""
+        self.delete(name)
+        if answer != text:
+            raise NotWritten(f"{self}: does not give back what was written just now; use another store")
+
     def delete_all(self) -> None:
         """Delete the folder, if it is there, and everything below it."""
 
@@ -214,7 +224,7 @@ class ObjectStore:
             self._tried(delete, "to be deleted")
 
     def _at(self, name: str = "") -> tuple[FileSystem, str]:
-        files, root = _connect(self.url)
+        files, root = connect(self.url)
         return files, f"{root}/{name}" if name else root
 
     def _open(self, name: str) -> BinaryIO:
@@ -243,12 +253,13 @@ class ObjectStore:
     def _put(self, name: str, put: Callable[[str], None]) -> None:
         """Make an object by `put`, under another name first where one would see it grow."""
         files, path = self._at(name)
-        if _scheme(self.url) not in _WITH_FOLDERS:
+        if scheme_of(self.url) not in _WITH_FOLDERS:
             put(path)
             return
         files.create_dir(str(PurePosixPath(path).parent), recursive=True)
-        put(path + _PARTIAL)
-        files.move(path + _PARTIAL, path)
+        partial_path = f"{path}.{uuid.uuid4().hex}{_PARTIAL}"  # another writer's would be another one
+        put(partial_path)
+        files.move(partial_path, path)
 
     def _delete(self, name: str) -> None:
         files, path = self._at(name)
@@ -284,10 +295,6 @@ def is_url(text: str) -> bool:
     return _SCHEME.match(text) is not None
 
 
-def _scheme(url: str) -> str:
-    return url.partition("://")[0].lower()
-
-
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
     try:
@@ -311,59 +318,3 @@ def _writing(what: str) -> Iterator[None]:
 def _is_a_stores(error: Exception) -> bool:
     """Every package for a store has errors of its own, which share no class; Python's own, but OSError, are bugs."""
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] not in ("builtins", "ray_rl")
-
-
-@lru_cache(maxsize=256)
-def _connect(url: str) -> tuple[FileSystem, str]:
-    """The file system of a URL, in pyarrow's terms, and the path in it.
-
-    Raises:
-        ConfigError: a package is missing, or the scheme is unknown.
-    """
-    scheme = _scheme(url)
-    place = url.partition("://")[2]
-    if scheme in ("s3", "s3a"):
-        return _s3(place.partition("/")[0]), place
-    if scheme in ("gs", "gcs"):
-        return _gcs(), place
-    if scheme in ("file", "local"):
-        from pyarrow.fs import LocalFileSystem
-
-        return LocalFileSystem(), os.path.abspath(place)
-    import fsspec
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-    try:
-        files, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    except ImportError as error:
-        raise ConfigError(f"{url}: {scheme}:// needs a package that is not installed: {one_line(error)}") from error
-    except ValueError as error:
-        raise ConfigError(f"{url}: {one_line(error)}; use s3://, gs://, or what fsspec knows") from error
-    return PyFileSystem(FSSpecHandler(files)), path
-
-
-@lru_cache(maxsize=16)
-def _s3(bucket: str) -> FileSystem:
-    """S3, or what speaks its protocol at AWS_ENDPOINT_URL, which pyarrow does not look for by itself."""
-    from pyarrow.fs import S3FileSystem, resolve_s3_region
-
-    options: dict[str, Any] = {}
-    if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
-        options = {"endpoint_override": endpoint}
-    elif not any(map(os.environ.get, _REGION)):
-        try:
-            region = call_within(lambda: resolve_s3_region(bucket), _S3_REQUEST_SECONDS, what="S3 to answer")
-        except OSError as error:
-            mend = "check the name and the network, or set AWS_REGION"
-            raise ConfigError(
-                f"s3://{bucket}: where the bucket lies is not known: {one_line(error)}; {mend}"
-            ) from error
-        options = {"region": region}
-    return S3FileSystem(connect_timeout=_S3_CONNECT_SECONDS, request_timeout=_S3_REQUEST_SECONDS, **options)
-
-
-@lru_cache(maxsize=1)
-def _gcs() -> FileSystem:
-    from pyarrow.fs import GcsFileSystem
-
-    return GcsFileSystem(retry_time_limit=timedelta(seconds=_S3_REQUEST_SECONDS))

@@ -24,6 +24,7 @@ KERNEL = (
     "ray_rl.garbage",
     "ray_rl.inventory",
     "ray_rl.object_store",
+    "ray_rl.store_connection",
     "ray_rl.stacks",
     "ray_rl.wording",
     "ray_rl.redaction",

@@ -58,7 +58,7 @@ def test_a_store_is_written_to_and_left_as_it_was():
     with failing(0):
         finding = store(place)
     assert finding.verdict == "fault"
-    assert str(finding).startswith("--run-dir: faulty://bucket/run/doctor-")
+    assert str(finding).startswith("--run-dir: faulty://bucket/run/proof-")
     assert "could not be written" in str(finding)
 
 

@@ -75,7 +75,7 @@ def test_who_was_taken_over_notices_and_leaves_the_other_s_lease():
 
 def test_of_two_that_begin_at_the_same_moment_at_most_one_goes_on(tmp_path):
     store = ObjectStore.of(f"file://{tmp_path}/run")
-    both, going_on = threading.Barrier(2), []
+    both, going_on, refused = threading.Barrier(2), [], []
 
     def begin():
         both.wait(10)
@@ -83,7 +83,8 @@ def test_of_two_that_begin_at_the_same_moment_at_most_one_goes_on(tmp_path):
             with lease(store, Rhythm(beat=0.05, silence=2, settle=0.3)).held():
                 going_on.append(1)
                 both.wait(10)
-        except ConfigError:
+        except ConfigError as error:
+            refused.append(error)
             both.wait(10)
 
     threads = [threading.Thread(target=begin) for _ in range(2)]
@@ -92,6 +93,7 @@ def test_of_two_that_begin_at_the_same_moment_at_most_one_goes_on(tmp_path):
     for thread in threads:
         thread.join(20)
     assert len(going_on) <= 1
+    assert len(going_on) + len(refused) == 2
 
 
 def test_a_store_that_fails_for_some_beats_costs_nothing():

@@ -78,6 +78,15 @@ def test_a_store_that_goes_on_failing_is_one_line():
     assert "\n" not in str(caught.value)
 
 
+def test_a_store_that_forgets_is_found_out(monkeypatch):
+    store = empty_store()
+    store.prove()
+    assert store.sizes() == {}
+    monkeypatch.setattr(ObjectStore, "read", lambda self, name: b"else")
+    with pytest.raises(NotWritten, match="does not give back what was written"):
+        store.prove()
+
+
 def test_a_bug_is_no_fault_of_the_store():
     with failing(0, error=TypeError), pytest.raises(TypeError):
         empty_store(TWICE).write("a", b"whole")
