@@ -18,7 +18,7 @@ _GIB = 1024**3
 _CPU_KV_CACHE_GIB = 1.0
 
 _CPU_TOLERANCE = 1e-4
-# vLLM's only attention kernel for float32 on GPUs multiplies in TF32, which keeps 10 bits.
+# vLLM's attention kernel for float32 on GPUs, Triton's, multiplies in TF32, which keeps 10 bits.
 _GPU_TOLERANCE = 0.05
 # In 16 bits a logit of 20 is a multiple of 1/8, and a probe has tokens that no policy would say; another policy is nats away.
 _HALF_TOLERANCE = 1.0
