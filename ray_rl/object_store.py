@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, BinaryIO, TypeVar, cast
-from urllib.parse import urlsplit
 
 import xxhash
 
@@ -71,16 +70,16 @@ class ObjectStore:
         Raises:
             ConfigError: it is no URL of a store, or what its scheme needs is not installed.
         """
-        parts = urlsplit(url)
-        if parts.password is not None:
-            shown = url.replace(f"{parts.username}:{parts.password}@", "")
-            raise ConfigError(f"{shown}: a URL is no place for a password; leave it to the environment")
-        if parts.query or parts.fragment:
+        scheme, _, place = url.partition("://")
+        user, _, rest = place.rpartition("@")
+        if ":" in user:  # anywhere before it: a secret key of S3 may have slashes
+            raise ConfigError(f"{scheme}://{rest}: a URL is no place for a password; leave it to the environment")
+        if "?" in place or "#" in place:
             raise ConfigError(
                 f"{url}: neither ? nor # may stand in the URL of a run; options come from the environment"
             )
-        if not (parts.netloc or parts.path.strip("/")):
-            raise ConfigError(f"{url}: names no place; use {parts.scheme}://BUCKET/FOLDER")
+        if not place.strip("/"):
+            raise ConfigError(f"{url}: names no place; use {scheme}://BUCKET/FOLDER")
         store = cls(url.rstrip("/"), patience or Patience())
         store._at()
         return store

@@ -77,7 +77,7 @@ def check_run_dir(run_dir: str | None) -> None:
     if not run_dir or not (run_dir.startswith("/") or "://" in run_dir):
         fault = f"{run_dir} would lie in the job's working folder, which is deleted" if run_dir else "is missing"
         raise ConfigError(
-            f"--run-dir: {fault}; name a folder, from the root, on storage that all nodes of the cluster share"
+            f"--run-dir: {fault}; name a folder, from the root, on storage that all nodes of the cluster share, or a URL"
         )
 
 

@@ -9,6 +9,8 @@ from learner.engine import LearnerEngine
 from learner.group import LearnerGroup
 from learner.samples import training_samples
 from ray_rl import deadlines
+from ray_rl.inventory import MANIFEST, manifest_text
+from ray_rl.object_store import ObjectStore
 from tests.integration.learner_runs import collected, make_config, make_group
 from tests.tiny_model import save_tiny_model
 
@@ -84,22 +86,28 @@ def test_two_ranks_give_the_update_of_one(rank_processes, one_rank, model_path, 
             assert ours == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
-async def test_a_new_group_goes_on_from_the_checkpoint(rank_processes, one_rank, model_path, tmp_path):
+@pytest.mark.parametrize("is_stored", [False, True], ids=["in a folder", "in a store"])
+async def test_a_new_group_goes_on_from_the_checkpoint(rank_processes, one_rank, model_path, tmp_path, is_stored):
     """ZeRO-3 on two ranks, where every tensor lies in pieces."""
+    place = ObjectStore.of(f"file://{tmp_path}") if is_stored else tmp_path
     for rank in (rank for ranks in rank_processes.values() for rank in ranks):
         ray.kill(rank)
     config, batches = make_config(2, 3), [[collected(3 * step + k) for k in range(3)] for step in range(2)]
     group = await LearnerGroup.start(config, str(model_path), "test-ranks", may_grow=False)
     try:
         first = await group.train(0, batches[0])
-        await group.save(tmp_path / "checkpoint")
+        files = await group.save(place / "checkpoint")
+        assert bool(files) == is_stored
     finally:
         group.shutdown()
     group = await LearnerGroup.start(config, str(model_path), "test-ranks", may_grow=False)
     try:
-        await group.load(tmp_path / "checkpoint")
+        if is_stored:
+            listed = {f"checkpoint/{name}": entry for name, entry in files.items()}
+            place.write(MANIFEST, manifest_text({}, listed).encode())
+        await group.load(place / "checkpoint")
         second = await group.train(1, batches[1])
-        await group.export(tmp_path / "final")
+        await group.export(place / "final")
     finally:
         group.shutdown()
     expected_metrics, expected_weights = one_rank

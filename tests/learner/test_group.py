@@ -12,7 +12,8 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from learner import group as module
 from learner.group import LearnerGroup
 from ray_rl.config import resolve_config
-from ray_rl.errors import NotWritten
+from ray_rl.errors import NotWritten, RunError
+from ray_rl.inventory import FileEntry
 from ray_rl.protocols import CollectedGroup, GroupsLost, LearnerDied, Receiver
 from ray_rl.types import NO_COST, GroupSummary, Problem, Prompt
 from ray_rl.weight_manifest import ObjectStorePayload, Probe, WeightManifest
@@ -164,6 +165,21 @@ async def test_an_error_of_a_rank_that_has_one_clear_line_comes_as_what_it_was()
     with pytest.raises(NotWritten, match=r"^no room$") as caught:
         await group.save(None)  # type: ignore[arg-type]
     assert type(caught.value) is NotWritten
+
+
+async def test_what_the_ranks_put_into_a_store_is_told_together() -> None:
+    group, fakes = make_group()
+    for rank, fake in enumerate(fakes):
+        entry = FileEntry(bytes=rank, xxh3=str(rank))
+        fake._save = lambda folder, rank=rank, entry=entry: {f"rank_{rank}": entry}  # type: ignore[attr-defined]
+    assert sorted(await group.save(None)) == [f"rank_{rank}" for rank in range(len(fakes))]  # type: ignore[arg-type]
+
+
+async def test_a_rank_that_cannot_write_into_the_store_is_told_before_the_first_step() -> None:
+    group, fakes = make_group()
+    fakes[1].fails["reach"] = raised_by_a_rank(RunError("rank 1 of the learner, on b: s3://x: refused"))
+    with pytest.raises(RunError, match="rank 1 of the learner, on b"):
+        await group.reach(None)  # type: ignore[arg-type]
 
 
 async def test_a_rank_that_hangs_counts_as_dead() -> None:

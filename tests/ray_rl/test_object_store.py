@@ -113,8 +113,10 @@ def test_a_place_that_takes_no_folder_is_one_line(tmp_path):
     ("url", "fault"),
     [
         ("s3://key:secret@bucket/run", r"^s3://bucket/run: a URL is no place for a password"),
+        ("s3://key:sec/ret@bucket/secret@home", r"^s3://home: a URL is no place for a password"),
         ("s3://bucket/run?region=x", r"neither \? nor #"),
         ("s3://", "names no place"),
+        ("s3:///", "names no place"),
         ("nonsense://bucket/run", "Protocol not known: nonsense; use s3://"),
         ("dropbox://bucket/run", "dropbox:// needs a package that is not installed"),
     ],
