@@ -17,11 +17,13 @@ EXPORT_SECONDS = 40.0
 """Ray exports every 10 s."""
 SENTINEL = "sentinel-0b7e55d1c4"
 TALKATIVE_REWARD = """
-import logging, os
+import itertools, logging, os
+
+calls = itertools.count()
 
 def score(prompt, completion, answer, metadata):
     logging.warning("graded with %s", os.environ["SERVICE_TOKEN"])
-    if len(completion) % 2:
+    if next(calls) % 3 == 0:
         raise RuntimeError("the service refused " + os.environ["SERVICE_TOKEN"])
     return float(completion.rpartition("#")[2].strip() == answer)
 """
