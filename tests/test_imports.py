@@ -97,7 +97,7 @@ def is_ours(target: str) -> bool:
 
 
 def test_the_reader_of_imports_sees_what_it_should():
-    assert Import("actors.pool", True) in IMPORTS[LAUNCH]
+    assert Import("actors.pool", True) in IMPORTS["ray_rl.launch.actors"]
     assert Import("ray_rl.launch", False) in IMPORTS["ray_rl.cli"]
     source = (
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\ntry:\n    import ray\nexcept E: pass"
@@ -123,7 +123,7 @@ def test_only_the_composition_root_imports_actors_and_learner():
 
 
 def test_only_the_commands_import_the_composition_root():
-    assert not offenders(PACKAGES, lambda target: within(target, LAUNCH), but=(*COMMANDS, "benchmarks"))
+    assert not offenders(PACKAGES, lambda target: within(target, LAUNCH), but=(*COMMANDS, LAUNCH, "benchmarks"))
 
 
 def test_nothing_imports_benchmarks_or_tests():
