@@ -88,7 +88,11 @@ class LearnerGroup:
             DeadlineExceeded, LearnerDied, ray.exceptions.RayTaskError: as `begin`.
         """
         group = cls(config, model_path, run_id, may_grow=may_grow, logs=logs)
-        await group.begin()
+        try:
+            await group.begin()
+        except BaseException:
+            group.shutdown()
+            raise
         return group
 
     async def reserve(self) -> None:
@@ -109,11 +113,14 @@ class LearnerGroup:
         """
         try:
             await self.begin()
-        except (DeadlineExceeded, RayTaskError) as error:
+        except (DeadlineExceeded, RayError) as error:
             raise LearnerDied(f"the learner's ranks did not come up again: {_one_line(error)}") from error
 
     async def begin(self) -> None:
         """Start the ranks, in places that are reserved by then; returns when all have loaded the policy and met.
+
+        Where they fail the places are kept, for rollout actors that wait for a node would take them; but not where something
+        took too long, perhaps on a node that is gone without Ray's knowing.
 
         Raises:
             DeadlineExceeded: `learner.start_timeout` passed.
@@ -130,8 +137,10 @@ class LearnerGroup:
                 what="the learner's ranks to load the policy and to meet",
                 causes="a large model; then raise learner.start_timeout",
             )
-        except BaseException:
-            self.shutdown()
+        except BaseException as error:
+            self._end_ranks()
+            if isinstance(error, DeadlineExceeded) or isinstance(error.__cause__, DeadlineExceeded):
+                self._release()
             raise
 
     async def train(self, step: int, groups: Sequence[CollectedGroup]) -> StepStats:
@@ -235,6 +244,9 @@ class LearnerGroup:
     def shutdown(self) -> None:
         """End the ranks' processes and give their places back; harmless when they are gone."""
         self._end_ranks()
+        self._release()
+
+    def _release(self) -> None:
         if self._places is not None:
             self._places.release()
             self._places = None

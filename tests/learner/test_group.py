@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, RayTaskError, TaskUnschedulableError
 
 from learner import group as module
 from learner.group import LearnerGroup
@@ -248,6 +248,61 @@ async def test_a_transfer_by_nccl_that_breaks_off_costs_the_learner() -> None:
     del fakes[0].fails["send"]
     await group.publish(0, receivers("a"))
     assert fakes[0].ports == [1002]
+
+
+class FakePlaces:
+    """Says whether they are kept."""
+
+    def __init__(self) -> None:
+        self.kept = True
+        self.error: BaseException | None = None
+
+    async def ready(self) -> None:
+        if self.error:
+            raise self.error
+
+    def options(self, rank: int) -> dict[str, Any]:
+        return {}
+
+    def release(self) -> None:
+        self.kept = False
+
+
+def restarting(monkeypatch: pytest.MonkeyPatch) -> tuple[LearnerGroup, list[FakeRank], FakePlaces]:
+    """A group of one rank whose next start goes wrong as its fakes are told."""
+    group, (rank,) = make_group("learner.start_timeout=0.2", ranks=1)
+    rank._host = lambda: ("address", 1)  # type: ignore[attr-defined]
+    places = FakePlaces()
+    group._ranks, group._places = [], places  # type: ignore[assignment]
+    monkeypatch.setattr(module, "start_ranks", lambda *_: [rank])
+    monkeypatch.setattr(module.ray, "kill", lambda actor: None)
+    return group, [rank], places
+
+
+async def test_ranks_that_die_as_they_come_up_keep_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    group, (rank,), places = restarting(monkeypatch)
+    rank.fails["start"] = ActorDiedError()
+    with pytest.raises(LearnerDied, match="rank 0 of the learner died"):
+        await group.restart()
+    assert places.kept
+    del rank.fails["start"]
+    await group.restart()
+    assert (await group.train(1, [])).metrics == {"loss/policy": 1.0}
+
+
+async def test_ranks_that_do_not_come_up_in_time_give_their_places_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    group, (rank,), places = restarting(monkeypatch)
+    rank.fails["host"] = None
+    with pytest.raises(LearnerDied):
+        await group.restart()
+    assert not places.kept
+
+
+async def test_places_that_ray_cannot_find_are_a_death_of_the_learner(monkeypatch: pytest.MonkeyPatch) -> None:
+    group, _, places = restarting(monkeypatch)
+    places.error = TaskUnschedulableError("no such node")
+    with pytest.raises(LearnerDied, match="did not come up again"):
+        await group.restart()
 
 
 async def test_stacks_say_what_each_rank_does_or_why_they_are_missing() -> None:
