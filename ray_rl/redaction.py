@@ -18,7 +18,8 @@ MASK = "[secret]"
 _SHORTEST = 8
 """Characters. What is shorter guards nothing, and masking it would hide words."""
 _VARIABLE = re.compile(
-    r"(^|_)(TOKEN|(API|ACCESS|PRIVATE|SECRET)?KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)(_|$)"
+    r"(^|_)(TOKEN|(API|ACCESS|PRIVATE|SECRET)?KEY|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|API_?KEYS"
+    r"|CONNECTION_?STRING|MYSQL_PWD)(_|$)|_(PASS|PAT)$"
 )
 _PLACE = re.compile(r"_(PATH|FILE|DIR|MODE)$")
 """Ends the name of a variable that tells where a secret lies, or how it is used."""

@@ -26,6 +26,11 @@ def _environment(monkeypatch):
         "my_secret",
         "APIKEY",
         "SSH_KEY",
+        "PROXY_API_KEYS",
+        "DB_PASS",
+        "MYSQL_PWD",
+        "GITHUB_PAT",
+        "AZURE_STORAGE_CONNECTION_STRING",
     ],
 )
 def test_a_variable_with_a_name_like_these_holds_a_secret(name):
@@ -33,7 +38,17 @@ def test_a_variable_with_a_name_like_these_holds_a_secret(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["PWD", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "TOKENIZERS_PARALLELISM", "MAX_TOKENS", "KEYBOARD", "HOME"]
+    "name",
+    [
+        "PWD",
+        "RAY_AUTH_TOKEN_PATH",
+        "RAY_AUTH_MODE",
+        "TOKENIZERS_PARALLELISM",
+        "MAX_TOKENS",
+        "KEYBOARD",
+        "HOME",
+        "OLD_PWD",
+    ],
 )
 def test_a_variable_with_a_name_like_these_holds_none(name):
     assert secrets({name: "long enough"}) == {}
