@@ -46,7 +46,7 @@ def ray_session(config: RunConfig) -> Iterator[None]:
             object_store_memory=config.ray.object_store_mib * 2**20,
             log_to_driver=config.ray.log_to_driver,
             logging_level=logging.ERROR,
-            # Ray would start a process per CPU beforehand; nearly every actor here has an environment of its own and takes none.
+            # Ray would start a process per CPU beforehand, and there are more of these than actors.
             _system_config={"prestart_worker_first_driver": False},
         )
     else:
