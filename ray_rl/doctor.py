@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ray_rl.config import RunConfig
 from ray_rl.config.bundle import LEARNER_RANKS, REWARD_ACTORS, ROLLOUT_ACTORS
+from ray_rl.config.labels import is_selected
 from ray_rl.config.nodes import Node
 from ray_rl.config.orchestration import RayConfig
 from ray_rl.config.task import DatasetTaskConfig
@@ -119,7 +120,9 @@ def _own_ray(config: RunConfig, machine: Machine) -> Iterator[Finding]:
     yield cpus(config, machine)
     sections = {ROLLOUT_ACTORS: "rollout", LEARNER_RANKS: "learner", REWARD_ACTORS: "reward_actors"}
     for bundle in sorted(set(Demand.of(config).bundles), key=lambda bundle: bundle.role):
-        wanted = [*bundle.resources, *(key for key in bundle.labels if not key.startswith("ray.io/"))]
+        # Labels that a node must not have are none to miss, and Ray gives every node some of its own.
+        missing = (key for key, condition in bundle.labels.items() if not is_selected({key: condition}, {}))
+        wanted = [*bundle.resources, *(key for key in missing if not key.startswith("ray.io/"))]
         if wanted:
             section = sections[bundle.role]
             found = f"a Ray of the run's own has no {', '.join(wanted)}, which {section} asks for"

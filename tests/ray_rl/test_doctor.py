@@ -285,6 +285,11 @@ def test_a_ray_of_the_runs_own_has_neither_labels_nor_custom_resources():
     assert "leave out rollout.resources and rollout.labels" in found[1].mend
 
 
+def test_a_ray_of_the_runs_own_lacks_no_label_that_must_not_be_there():
+    asks = config('rollout.labels={pool: "!learner", zone: "!in(a,b)"}')
+    assert not [finding for finding in examine(asks) if finding.check == "ray.address"]
+
+
 def test_a_tracker_whose_library_is_missing_is_a_fault_before_anything_starts(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     tracked = config("logging.trackers=[wandb, {kind: mlflow}, wandb]")
