@@ -72,6 +72,9 @@ def test_each_line_of_a_secret_is_one(monkeypatch):
     ("text", "masked"),
     [
         ("https://me:pass@host/x", f"https://{MASK}@host/x"),
+        ("https://me:p@ss@host/x", f"https://{MASK}@host/x"),
+        ("https://me:p?ss@host/x", f"https://{MASK}@host/x"),
+        ("http://me:pass@host?mail=a@b", f"http://{MASK}@host?mail=a@b"),
         ("s3://bucket/a?X-Amz-Signature=abc&b=1", f"s3://bucket/a?X-Amz-Signature={MASK}&b=1"),
         ("http://host:8265/x", "http://host:8265/x"),
         ("ssh://git@host/x", "ssh://git@host/x"),
