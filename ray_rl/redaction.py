@@ -29,8 +29,10 @@ _OPTION = re.compile(
     re.IGNORECASE,
 )
 """Ends the name of an option that holds one; `pad_token` and `max_tokens` do not."""
-_IN_URL = re.compile(r"(?P<before>\b[a-z][a-z0-9+.-]*://)[^/\s:@]*:(?:[^/\s?#]+|[^/\s@]+)(?=@)", re.IGNORECASE)
-"""Up to the last @ before the path: a password may hold one, and so may what follows a question mark."""
+_IN_URL = re.compile(
+    r"(?P<before>\b[a-z][a-z0-9+.-]*://)[^/\s:@]*:(?:[^/\s?#]+|(?!\d+[/?#])[^\s@]+)(?=@)", re.IGNORECASE
+)
+"""Up to the last @ before the path, for a password may hold one; or up to the first, if what looks like a path is no port's."""
 _IN_QUERY = re.compile(
     r"(?P<before>[?&](?:[a-z-]*signature|sig|(?:access_)?token|api_?key|secret|password)=)[^&\s\"']+", re.IGNORECASE
 )
