@@ -132,7 +132,7 @@ class LearnerGroup:
             await self.reserve()
             self._ranks = self._new_ranks()
             await wait(
-                self._meet(),
+                self._meet_in_place(),
                 self._config.learner.start_timeout,
                 what="the learner's ranks to load the policy and to meet",
                 causes="a large model; then raise learner.start_timeout",
@@ -261,6 +261,17 @@ class LearnerGroup:
         assert self._places is not None
         options = [self._places.options(rank) for rank in range(self._config.learner.ranks)]
         return start_ranks(self._config, self._model_path, self._run_id, options, self._logs)
+
+    async def _meet_in_place(self) -> None:
+        """`_meet`, or the error of `Places.until_lost`."""
+        assert self._places is not None
+        meeting, losing = asyncio.create_task(self._meet()), asyncio.create_task(self._places.until_lost())
+        try:
+            done = await first_of({meeting, losing}, self._config.learner.start_timeout)
+            await (losing if done == {losing} else meeting)
+        finally:
+            losing.cancel()
+            meeting.cancel()
 
     async def _meet(self) -> None:
         seconds = self._config.learner.start_timeout

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -15,6 +16,9 @@ from ray_rl.deadlines import DeadlineExceeded, wait
 _STRATEGIES: dict[Packing, str] = {"pack": "PACK", "strict_pack": "STRICT_PACK", "spread": "SPREAD"}
 _HOMES_SECONDS = 5.0
 """In which Ray places a group on nodes that have room: after that, somebody else is there."""
+_LOOK_SECONDS = 5.0
+_LOST_SECONDS = 30.0
+"""In which Ray finds other places for those that are lost, where there are others that were chosen."""
 
 
 class Places:
@@ -65,6 +69,18 @@ class Places:
             causes="nodes that would do are taken by others, or yet to come; free them, ask for less (learner.ranks, "
             "learner.labels, learner.packing and their like), or raise learner.start_timeout",
         )
+
+    async def until_lost(self) -> NoReturn:
+        """Look after the places as long as nobody stops it.
+
+        Ray says of a node that has just died that all is well there; a rank that was sent to it would be waited for in vain.
+
+        Raises:
+            DeadlineExceeded: places are lost, and Ray has found no others.
+        """
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            await wait(self._group.ready(), _LOST_SECONDS, what="the places of the learner's ranks, which are lost")
 
     def options(self, rank: int) -> dict[str, Any]:
         """What Ray must be told to start a rank in its place."""

@@ -12,6 +12,7 @@ from ray.exceptions import ActorDiedError, RayTaskError, TaskUnschedulableError
 from learner import group as module
 from learner.group import LearnerGroup
 from ray_rl.config import resolve_config
+from ray_rl.deadlines import Deadline, DeadlineExceeded
 from ray_rl.errors import NotWritten, RunError
 from ray_rl.inventory import FileEntry
 from ray_rl.protocols import CollectedGroup, GroupsLost, LearnerDied, Receiver
@@ -256,10 +257,16 @@ class FakePlaces:
     def __init__(self) -> None:
         self.kept = True
         self.error: BaseException | None = None
+        self.lost: DeadlineExceeded | None = None
 
     async def ready(self) -> None:
         if self.error:
             raise self.error
+
+    async def until_lost(self) -> None:
+        if self.lost is not None:
+            raise self.lost
+        await asyncio.Event().wait()
 
     def options(self, rank: int) -> dict[str, Any]:
         return {}
@@ -294,6 +301,15 @@ async def test_ranks_that_do_not_come_up_in_time_give_their_places_up(monkeypatc
     group, (rank,), places = restarting(monkeypatch)
     rank.fails["host"] = None
     with pytest.raises(LearnerDied):
+        await group.restart()
+    assert not places.kept
+
+
+async def test_ranks_whose_places_are_lost_as_they_come_up_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    group, (rank,), places = restarting(monkeypatch)
+    rank.fails["host"] = None
+    places.lost = Deadline(0, what="lost places").exceeded()
+    with pytest.raises(LearnerDied, match="lost places"):
         await group.restart()
     assert not places.kept
 
