@@ -7,9 +7,11 @@ import json
 import signal
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 
+from learner.group import LearnerGroup
 from ray_rl.config import RunConfig
 from ray_rl.control import ControlServer, scale_pool
 from ray_rl.errors import writing
@@ -91,51 +93,66 @@ async def _train(
     async with running_actors(config, run_id, startup, warn=progress.warn, step=start.step, logs=folder.logs) as actors:
         learner = actors.learner
         assert learner is not None
-        if isinstance(checkpoint := folder.checkpoint(start.step), ObjectStore):
-            await learner.reach(checkpoint.parent)
+        await _load(learner, folder, start.step)
         if start.step:
-            await learner.load(checkpoint / "learner")
             report.evaluation_before = logged_metrics(folder.path / "metrics.jsonl", 0)
         gauges = RayGauges(config.name, folder.path.name, exports=config.logging.ray_metrics)
         files = make_sink(folder.path, config.logging, resume_step=start.step)
-        sink = ManySinks([files, gauges, Trackers(config, folder.path, progress.warn)])
-        recorder = Recorder(config, folder, prepared.codec, start.step, progress.warn)
-        watchdog = Watchdog(folder.path, config.logging.watchdog_seconds, collect=actors.stacks, warn=progress.warn)
-        ledger = Ledger(folder.ledger, start)
-        if ledger.note:
-            progress.warn(ledger.note)
+        with closing(ManySinks([files, gauges, Trackers(config, folder.path, progress.warn)])) as sink:
+            recorder = Recorder(config, folder, prepared.codec, start.step, progress.warn)
+            watchdog = Watchdog(folder.path, config.logging.watchdog_seconds, collect=actors.stacks, warn=progress.warn)
+            without_place = partial(_without_place, config)
+            orchestrator = Orchestrator(
+                config,
+                pool=actors.pool,
+                learner=learner,
+                stream=prepared.stream,
+                evaluation_prompts=prepared.evaluation_prompts,
+                folder=folder,
+                ledger=_ledger(folder, start, progress),
+                journal=Journal(
+                    config, sink=sink, recorder=recorder, progress=progress, report=report, startup=startup
+                ),
+                moved=watchdog.moved,
+                without_place=without_place,
+            )
 
-        def without_place(size: int) -> int:
-            return unplaced_rollout_actors(config, cluster_nodes(), size)
+            def scale(size: int) -> str:
+                line = scale_pool(actors.pool, size, without_place)
+                orchestrator.keep_size()
+                progress.note(f"ray-rl scale: {line}")
+                return line
 
-        orchestrator = Orchestrator(
-            config,
-            pool=actors.pool,
-            learner=learner,
-            stream=prepared.stream,
-            evaluation_prompts=prepared.evaluation_prompts,
-            folder=folder,
-            ledger=ledger,
-            journal=Journal(config, sink=sink, recorder=recorder, progress=progress, report=report, startup=startup),
-            moved=watchdog.moved,
-            without_place=without_place,
-        )
-
-        def scale(size: int) -> str:
-            line = scale_pool(actors.pool, size, without_place)
-            orchestrator.keep_size()
-            progress.note(f"ray-rl scale: {line}")
-            return line
-
-        control = ControlServer(folder.path, run_id, status=orchestrator.status, scale=scale, warn=progress.warn)
-        finds_itself = config.logging.ray_metrics and is_own_ray(config)
-        found = discoverable(folder.path, progress.note) if finds_itself else nullcontext()
-        with _signals(orchestrator, progress), found:
-            try:
+            control = ControlServer(folder.path, run_id, status=orchestrator.status, scale=scale, warn=progress.warn)
+            with _signals(orchestrator, progress), _told_where(config, folder, progress):
                 async with control, watchdog, gauges.shown(orchestrator.status):
                     await orchestrator.run(start)
-            finally:
-                sink.close()
+
+
+async def _load(learner: LearnerGroup, folder: RunFolder, step: int) -> None:
+    checkpoint = folder.checkpoint(step)
+    if isinstance(checkpoint, ObjectStore):
+        await learner.reach(checkpoint.parent)
+    if step:
+        await learner.load(checkpoint / "learner")
+
+
+def _ledger(folder: RunFolder, start: RunState, progress: ConsoleProgress) -> Ledger:
+    ledger = Ledger(folder.ledger, start)
+    if ledger.note:
+        progress.warn(ledger.note)
+    return ledger
+
+
+def _without_place(config: RunConfig, size: int) -> int:
+    return unplaced_rollout_actors(config, cluster_nodes(), size)
+
+
+def _told_where(config: RunConfig, folder: RunFolder, progress: ConsoleProgress) -> AbstractContextManager[None]:
+    """A Ray of the run's own is told to Prometheus by the run; another one tells of itself."""
+    if config.logging.ray_metrics and is_own_ray(config):
+        return discoverable(folder.path, progress.note)
+    return nullcontext()
 
 
 async def _evaluate(config: RunConfig, prepared: Prepared, progress: ConsoleProgress) -> dict[str, float]:
