@@ -271,6 +271,17 @@ def test_a_connection_that_is_never_closed_keeps_nobody_from_the_end_of_the_job(
         assert JobServer.connect(server.address).follow("raysubmit_1", JobLog(print)).status == "SUCCEEDED"
 
 
+@pytest.mark.parametrize(
+    ("log", "silence"), [([f"{number}\n" for number in range(8)], 0.2), (["one\n"], 0.7)], ids=["speaks", "is silent"]
+)
+def test_a_proxy_that_cuts_every_connection_does_not_make_a_running_job_a_lost_one(impatient, log, silence):
+    cuts = list(range(1, 8)) if len(log) == 8 else [1, 1]
+    with serving(FakeJobServer(log=log, cuts=cuts, cut_after=silence)) as server:
+        shown: list[str] = []
+        assert JobServer.connect(server.address).follow("raysubmit_1", JobLog(shown.append)).status == "SUCCEEDED"
+        assert shown == [line.strip() for line in log]
+
+
 def test_a_server_that_does_not_come_back_is_an_error_that_says_so(impatient):
     with serving(FakeJobServer(knows_no_job=True)) as server:
         client = JobServer.connect(server.address)
