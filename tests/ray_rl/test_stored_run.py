@@ -261,6 +261,31 @@ def test_nothing_is_written_into_a_run_that_another_took_over(saved):
     assert holder(saved).token == "another"
 
 
+def test_who_lost_the_run_deletes_no_checkpoint_of_it(saved):
+    folder = StoredRun.found(saved, QUICK)
+    other = holder_of_another()
+    saved.write(LEASE, other)
+    state = RunState(step=4, policy_version=4, position=0, pending_positions=(), seed=0)
+    with pytest.raises(LeaseLost), folder.new_checkpoint(state):
+        pytest.fail("it has begun")
+    with pytest.raises(LeaseLost):
+        folder.prune(1, 2)
+    assert steps_of(saved) == [2, 4]
+
+
+def holder_of_another() -> bytes:
+    lease = {"token": "another", "host": "elsewhere", "pid": 1, "since": "now", "folder": "/tmp/x"}
+    return json.dumps(lease).encode()
+
+
+def test_a_run_may_begin_where_somebody_died_while_trying_the_store():
+    store = empty_store()
+    with failing(1, error=Killed), suppress(Killed):
+        store.prove()
+    assert len(store.sizes()) == 1
+    StoredRun.make(store, config_of(), QUICK)
+
+
 def test_a_run_that_is_in_use_is_named_by_its_driver_s_copy(saved):
     with pytest.raises(
         ConfigError, match=r"no run is going on here; go on with this one: ray-rl train --resume faulty://"

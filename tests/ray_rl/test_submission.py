@@ -92,6 +92,11 @@ def test_rays_own_command_submits_the_same_job(here):
         ((), {}, "submit: name a recipe"),
         (("laptop-grpo",), {"run_dir": None}, "--run-dir: is missing; name a folder"),
         (("laptop-grpo",), {"run_dir": "runs/x"}, "--run-dir: runs/x would lie in the job's working folder"),
+        (
+            ("laptop-grpo",),
+            {"run_dir": "s3://key:secret@bucket/x"},
+            "s3://bucket/x: a URL is no place for a password",
+        ),
         (("nowhere",), {}, "recipe: nowhere is neither a file nor a shipped recipe"),
         (("laptop-grpo", "rollout.group_siz=3"), {}, "rollout.group_siz: unknown key"),
         (("laptop-grpo", "model.path=./nowhere"), {}, "model.path: ./nowhere does not exist"),
@@ -107,6 +112,11 @@ def test_rays_own_command_submits_the_same_job(here):
         (("mine.yaml",), {"report": True}, "--json: brings back the report of `bench`"),
         (("bench", "overlap"), {}, "--run-dir: bench begins no run"),
         (("bench", "overlap", "--json", "x"), {"run_dir": None}, "bench --json: the file would stay on the cluster"),
+        (
+            ("export", "--checkpoint", "3", "/shared/run", "my-policy"),
+            {"run_dir": None},
+            "export: my-policy would lie in the job's working folder",
+        ),
         (("status", "/shared/run"), {"run_dir": None, "report": True}, "--json: brings back the report of `bench`"),
     ],
 )
@@ -115,6 +125,11 @@ def test_what_cannot_work_is_told_before_anything_is_sent(here, words, more, lin
     with pytest.raises(ConfigError) as raised:
         of(*words, **more)
     assert str(raised.value).startswith(line)
+
+
+def test_an_export_to_the_storage_of_the_cluster_is_sent(here):
+    call = ("export", "/shared/run", "--checkpoint=3", "/shared/policy")
+    assert of(*call, run_dir=None).words[3:] == call
 
 
 def test_what_a_recipe_names_from_the_root_is_the_clusters_own(here):
