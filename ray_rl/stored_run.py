@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ray_rl.config.run import RunConfig
 from ray_rl.control import CONTROL_FILE
-from ray_rl.errors import ConfigError, RunError, writing
+from ray_rl.errors import ConfigError, NotWritten, RunError, writing
 from ray_rl.lease import LEASE, Lease, Rhythm, holder
 from ray_rl.object_store import PROOF, ObjectStore, Place
 from ray_rl.ray_gauges import DISCOVERY_FILE
@@ -138,7 +138,11 @@ class StoredRun(RunFolder):
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
             if path.is_file() and not path.name.startswith(".") and name.partition("/")[0] not in _HERE_ONLY:
-                self._send(name)
+                try:
+                    self._send(name)
+                except NotWritten:
+                    if path.exists():
+                        raise  # else a tracker, whose files lie here too, has taken it away meanwhile
 
     def _send(self, name: str) -> None:
         with writing(self.path / name):

@@ -323,6 +323,23 @@ def test_what_only_means_something_here_is_not_sent(saved):
     assert "report.json" in saved.sizes()
 
 
+def test_a_file_that_a_tracker_takes_away_meanwhile_costs_no_checkpoint(saved, monkeypatch):
+    send = ObjectStore.send
+
+    def send_late(self, file, name):
+        if name == "wandb/passing":
+            file.unlink()
+        send(self, file, name)
+
+    folder = StoredRun.found(saved, QUICK)
+    monkeypatch.setattr(ObjectStore, "send", send_late)
+    with folder.locked():
+        (folder.path / "wandb").mkdir()
+        (folder.path / "wandb" / "passing").touch()
+        save(folder, 9)
+    assert folder.steps() == [2, 4, 9]
+
+
 def test_a_run_that_never_got_as_far_as_a_metric_leaves_nothing():
     store = empty_store()
     folder = StoredRun.make(store, config_of(), QUICK)
