@@ -192,6 +192,10 @@ def _host_and_port(address: str) -> str:
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError:
         port = None
+    if "@" in address:
+        raise ConfigError(
+            "--address: no place for a password, since it is shown; use Ray's tokens (RAY_AUTH_TOKEN), or a tunnel"
+        )
     if port is None or not parts.hostname:
         raise ConfigError(f"--address: {address} is no address of a job server; write http://HOST:8265")
     return f"{parts.hostname}:{port}"

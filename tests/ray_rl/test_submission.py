@@ -255,6 +255,13 @@ def test_an_address_where_no_job_server_answers_is_one_line_within_seconds(here,
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_password_in_the_address_is_refused_without_being_shown(here):
+    done = ray_rl("submit", "--address", "http://me:hunter2@head:8265", "--", "status", "/x")
+    assert done.returncode == 2
+    assert "no place for a password" in done.stderr
+    assert "hunter2" not in done.stdout + done.stderr
+
+
 def test_the_address_comes_from_the_environment_too_and_the_option_wins(here):
     with serving(FakeJobServer()) as server:
         taken = ray_rl("submit", "--", "status", "/x", RAY_API_SERVER_ADDRESS=server.address)
