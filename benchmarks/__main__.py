@@ -20,7 +20,7 @@ from benchmarks.rollout import ROLLOUT
 from benchmarks.scale import SCALE
 from benchmarks.startup import STARTUP
 from benchmarks.step import STEP
-from benchmarks.suite import Case, Options, machine, show, to_json
+from benchmarks.suite import STANDARD_OUTPUT, Case, Options, machine, show, to_json
 from benchmarks.values.case import VALUES
 from benchmarks.versus_trl import VERSUS_TRL
 from benchmarks.weights import WEIGHTS
@@ -66,6 +66,9 @@ def run(
     unknown = [name for name in chosen if name not in CASES]
     if unknown:
         typer.echo(f"error: {', '.join(unknown)}: no such case; there are {', '.join(CASES)}", err=True)
+        sys.exit(2)
+    if json_file and json_file != STANDARD_OUTPUT and not json_file.parent.is_dir():
+        typer.echo(f"error: --json: {json_file.parent} is not a folder; make it first", err=True)
         sys.exit(2)
     options = Options(repeats=repeats, quick=quick, minutes=minutes, work=work, model=model, on_cpu=on_cpu)
     for name in list(chosen):

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ray_rl.config import RunConfig, load_config, resolve_config
 from ray_rl.config.load import recipe_names, recipe_text
-from ray_rl.errors import ConfigError, RunError
+from ray_rl.errors import ConfigError, RunError, writing
 from ray_rl.object_store import is_url
 from ray_rl.redaction import redact
 
@@ -90,7 +90,8 @@ def submit(
         str | None, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="of the job server: http://HEAD:8265")
     ] = None,
     run_dir: Annotated[
-        str | None, typer.Option(help="where the run lies on the cluster, on storage that all its nodes share")
+        str | None,
+        typer.Option(metavar="DIR|URL", help="where the run lies: on storage that all nodes of the cluster share"),
     ] = None,
     follow: Annotated[bool, typer.Option(help="show what the job prints, and end as it does")] = True,
     submission_id: Annotated[str | None, typer.Option(help="a name for the job; default: Ray makes one")] = None,
@@ -187,7 +188,8 @@ def evaluate(
         table.add_row(name, f"{value:.4g}")
     Console().print(table)
     if json_file:
-        json_file.write_text(json.dumps(metrics, indent=2) + "\n")
+        with writing(json_file):
+            json_file.write_text(json.dumps(metrics, indent=2) + "\n")
 
 
 @app.command()
@@ -205,7 +207,8 @@ def export(
         raise ConfigError(f"{directory}: exists already; name a new folder")
     folder = open_run(place_of(run))
     policy = folder.policy(checkpoint)
-    shutil.copytree(policy, directory)
+    with writing(directory):
+        shutil.copytree(policy, directory)
     typer.echo(f"the policy of {folder.where} -> {directory}")
 
 

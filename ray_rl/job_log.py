@@ -36,14 +36,15 @@ class JobLog:
         """The next piece is the log's first: a connection was lost, and the server knows nothing of the last one."""
         self._known = self._seen
 
-    def take(self, piece: str) -> None:
-        """The next piece."""
+    def take(self, piece: str) -> int:
+        """The next piece; how many of its characters have not come before."""
         known = min(self._known, len(piece))
         self._known -= known
         self._seen += len(piece) - known
         *lines, self._line = (self._line + piece[known:]).split("\n")
         for line in lines:
             self._take_line(line)
+        return len(piece) - known
 
     def end(self) -> None:
         """Nothing more will come."""

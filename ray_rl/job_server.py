@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,9 +135,14 @@ class JobServer:
 
     async def _follow(self, submission_id: str, log: JobLog) -> JobDetails:
         lost: Deadline | None = None
+
+        def heard() -> None:
+            nonlocal lost
+            lost = None
+
         while True:
             try:
-                await self._read(submission_id, log)
+                await self._read(submission_id, log, heard)
                 details = await self._details(submission_id)
             except _faults() as error:
                 lost = lost or Deadline(
@@ -147,13 +152,13 @@ class JobServer:
                 )
                 lost.check()
             else:
-                lost = None
+                heard()
                 if details.status.is_terminal():
                     return details
             await asyncio.sleep(_PAUSE_SECONDS)
 
-    async def _read(self, submission_id: str, log: JobLog) -> None:
-        """One connection, until the server ends it."""
+    async def _read(self, submission_id: str, log: JobLog, heard: Callable[[], None]) -> None:
+        """One connection, until the server ends it. `heard` is called for what is new: a proxy may cut all that last long."""
         pieces = self._client.tail_job_logs(submission_id)
         log.begin_anew()
         while True:
@@ -164,7 +169,10 @@ class JobServer:
                     if has_ended:
                         return
                     has_ended = (await self._details(submission_id)).status.is_terminal()
-                log.take(piece.result())
+                    if not has_ended:
+                        heard()
+                if log.take(piece.result()):
+                    heard()
             except StopAsyncIteration:
                 return
             finally:
@@ -184,6 +192,10 @@ def _host_and_port(address: str) -> str:
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError:
         port = None
+    if "@" in address:
+        raise ConfigError(
+            "--address: no place for a password, since it is shown; use Ray's tokens (RAY_AUTH_TOKEN), or a tunnel"
+        )
     if port is None or not parts.hostname:
         raise ConfigError(f"--address: {address} is no address of a job server; write http://HOST:8265")
     return f"{parts.hostname}:{port}"

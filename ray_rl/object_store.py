@@ -18,9 +18,9 @@ from typing import IO, TYPE_CHECKING, BinaryIO, TypeVar, cast
 import xxhash
 
 from ray_rl.deadlines import call_within
-from ray_rl.errors import ConfigError, NotWritten, RunError
+from ray_rl.errors import NotWritten, RunError
 from ray_rl.inventory import FileEntry
-from ray_rl.store_connection import connect, scheme_of
+from ray_rl.store_connection import check_url, connect, scheme_of
 from ray_rl.wording import one_line
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ _SCHEME = re.compile(r"^([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _WITH_FOLDERS = ("file", "local", "hdfs", "sftp", "ssh", "smb")
 """Schemes where a file is visible while it grows, and can be renamed."""
 _PARTIAL = ".partial"
+PROOF = "proof-"
+"""Begins the names of what `ObjectStore.prove` writes; who is killed amid leaves one."""
 _BLOCK_BYTES = 8 << 20
 
 
@@ -70,16 +72,7 @@ class ObjectStore:
         Raises:
             ConfigError: it is no URL of a store, or what its scheme needs is not installed.
         """
-        scheme, _, place = url.partition("://")
-        user, _, rest = place.rpartition("@")
-        if ":" in user:  # anywhere before it: a secret key of S3 may have slashes
-            raise ConfigError(f"{scheme}://{rest}: a URL is no place for a password; leave it to the environment")
-        if "?" in place or "#" in place:
-            raise ConfigError(
-                f"{url}: neither ? nor # may stand in the URL of a run; options come from the environment"
-            )
-        if not place.strip("/"):
-            raise ConfigError(f"{url}: names no place; use {scheme}://BUCKET/FOLDER")
+        check_url(url)
         store = cls(url.rstrip("/"), patience or Patience())
         store._at()
         return store
@@ -199,13 +192,14 @@ class ObjectStore:
             NotWritten: they cannot, or another one comes back than was written.
             StoreUnreadable: they cannot be read.
         """
-        name, text = f"proof-{uuid.uuid4().hex}", b"ray-rl has tried whether it can write here; this can be deleted"
+        name, text = f"{PROOF}{uuid.uuid4().hex}", b"ray-rl has tried whether it can write here; this can be deleted"
         self.write(name, text)
         try:
             answer = self.read(name)
         except FileNotFoundError:
             answer = b""
-        self.delete(name)
+        finally:
+            self.delete(name)
         if answer != text:
             raise NotWritten(f"{self}: does not give back what was written just now; use another store")
 

@@ -63,11 +63,11 @@ class RunFolder:
         """
         if path is None:
             path = _new_folder(Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        elif path.exists() and (not path.is_dir() or any(entry.name != "logs" for entry in path.iterdir())):
+        elif path.exists() and (not path.is_dir() or any(map(_is_in_the_way, path.iterdir()))):
             mend = f"go on with it: train --resume {path}; or name" if cls.is_run(path) else "name"
             raise ConfigError(f"--run-dir: {path} is not empty; {mend} a new folder")
         with writing(path):
-            (path / "checkpoints").mkdir(parents=True)
+            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         folder = cls(path.resolve())
         folder.write_config(config)
         return folder
@@ -253,6 +253,13 @@ class RunFolder:
         if step not in self.steps():
             known = ", ".join(map(str, self.steps())) or "none"
             raise ConfigError(f"{self.where}: no complete checkpoint of step {step}; there are: {known}")
+
+
+def _is_in_the_way(entry: Path) -> bool:
+    """Whether something in a folder keeps a run from beginning there; what one leaves that died in its beginning does not."""
+    if entry.name == "checkpoints":
+        return not entry.is_dir() or any(entry.iterdir())
+    return entry.name != "logs" and not entry.name.startswith(".config.yaml.")
 
 
 def _actor_logs(folder: Path) -> list[Path]:

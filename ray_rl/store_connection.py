@@ -7,6 +7,7 @@ GOOGLE_APPLICATION_CREDENTIALS. Both packages are imported where they are needed
 from __future__ import annotations
 
 import os
+import re
 from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,19 @@ _S3_CONNECT_SECONDS = 10.0
 _S3_REQUEST_SECONDS = 30.0
 _REGION = ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE")
 """What says where a bucket lies; without any of these S3 is asked."""
+
+
+def check_url(url: str) -> None:
+    """Whether it may stand in a command and in records. Raises ConfigError, which shows no secret."""
+    scheme, _, place = url.partition("://")
+    user, _, rest = place.rpartition("@")
+    if ":" in user:  # anywhere before it: a secret key of S3 may have slashes
+        raise ConfigError(f"{scheme}://{rest}: a URL is no place for a password; leave it to the environment")
+    bare = re.split("[?#]", url, maxsplit=1)[0]
+    if bare != url:
+        raise ConfigError(f"{bare}: neither ? nor # may stand in the URL of a run; options come from the environment")
+    if not place.strip("/"):
+        raise ConfigError(f"{url}: names no place; use {scheme}://BUCKET/FOLDER")
 
 
 def scheme_of(url: str) -> str:

@@ -69,14 +69,18 @@ class NewStoredCheckpoint(NewCheckpoint):
 class StoredCheckpoints(Checkpoints):
     """``step_N/{manifest.json,learner,policy}`` in a folder of a store. Errors are those of `ObjectStore`."""
 
-    def __init__(self, store: ObjectStore, before_manifest: Callable[[], None]) -> None:
+    def __init__(
+        self, store: ObjectStore, *, before_deletion: Callable[[], None], before_manifest: Callable[[], None]
+    ) -> None:
         """Of a run.
 
         Args:
             store: the folder.
+            before_deletion: refuses where another has the run, whose checkpoints these are then.
             before_manifest: brings there what a checkpoint needs besides its files, and refuses where another has the run.
         """
         self._store = store
+        self._before_deletion = before_deletion
         self._before = before_manifest
 
     def path(self, step: int) -> Place:  # type: ignore[override]
@@ -92,6 +96,7 @@ class StoredCheckpoints(Checkpoints):
         """As `Checkpoints.new`; where the block fails, what it leaves is for `prune`."""
         folder = self._folder(state.step)
         try:
+            self._before_deletion()
             self._delete_step(state.step)
             new = NewStoredCheckpoint(folder, self._before)
             yield new
@@ -102,6 +107,10 @@ class StoredCheckpoints(Checkpoints):
 
     def prune(self, keep: int, current: int) -> list[str]:
         """As `Checkpoints.prune`."""
+        try:
+            self._before_deletion()
+        except StoreUnreadable as error:
+            return [str(error)]
         return self._keep(lambda whole: [step for step in whole if step <= current][-keep:])
 
     def sweep(self) -> list[str]:

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from ray_rl.config.run import RunConfig
 from ray_rl.control import CONTROL_FILE
-from ray_rl.errors import ConfigError, RunError, writing
+from ray_rl.errors import ConfigError, NotWritten, RunError, writing
 from ray_rl.lease import LEASE, Lease, Rhythm, holder
-from ray_rl.object_store import ObjectStore, Place
+from ray_rl.object_store import PROOF, ObjectStore, Place
 from ray_rl.ray_gauges import DISCOVERY_FILE
 from ray_rl.run_state import RunFolder
 from ray_rl.stored_checkpoints import StoredCheckpoints, stored_manifest
@@ -47,8 +47,10 @@ class StoredRun(RunFolder):
             super().__init__(made / store.name)  # whoever shows the run in a list takes that for its name
             self.path.mkdir()
         self.store = store
-        self._checkpoints: StoredCheckpoints = StoredCheckpoints(store / _CHECKPOINTS, self._before_manifest)
         self._lease = Lease(store, self.path, rhythm or Rhythm())
+        self._checkpoints: StoredCheckpoints = StoredCheckpoints(
+            store / _CHECKPOINTS, before_deletion=self._lease.check, before_manifest=self._before_manifest
+        )
         self._removal = weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
         self._sent: dict[str, tuple[int, int]] = {}
         """Name -> size and time of what the store has of the working copy."""
@@ -57,7 +59,7 @@ class StoredRun(RunFolder):
     def make(cls, store: ObjectStore, config: RunConfig, rhythm: Rhythm | None = None) -> StoredRun:
         """As `RunFolder.create`."""
         names = store.sizes()
-        if any(not name.startswith("logs/") for name in names):
+        if any(not name.startswith(("logs/", PROOF)) for name in names):
             mend = f"go on with it: train --resume {store}; or name" if "config.yaml" in names else "name"
             raise ConfigError(f"--run-dir: {store} is not empty; {mend} a new folder")
         run = cls(store, rhythm)
@@ -136,7 +138,11 @@ class StoredRun(RunFolder):
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
             if path.is_file() and not path.name.startswith(".") and name.partition("/")[0] not in _HERE_ONLY:
-                self._send(name)
+                try:
+                    self._send(name)
+                except NotWritten:
+                    if path.exists():
+                        raise  # else a tracker, whose files lie here too, has taken it away meanwhile
 
     def _send(self, name: str) -> None:
         with writing(self.path / name):

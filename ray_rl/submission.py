@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from ray_rl.config.load import PATHS, load_config, recipe_names
@@ -13,6 +14,8 @@ from ray_rl.config.run import RunConfig
 from ray_rl.errors import ConfigError, RunError, writing
 from ray_rl.job_log import JobLog
 from ray_rl.job_server import JobEnd, JobServer
+from ray_rl.object_store import is_url
+from ray_rl.store_connection import check_url
 from ray_rl.working_folder import WorkingFolder
 
 COMMANDS = ("bench", "doctor", "evaluate", "export", "scale", "status")
@@ -73,8 +76,10 @@ class Submission:
 
 
 def check_run_dir(run_dir: str | None) -> None:
-    """Raise ConfigError for a place of which nothing would be left."""
-    if not run_dir or not (run_dir.startswith("/") or "://" in run_dir):
+    """Raise ConfigError for a place of which nothing would be left, or that holds a secret."""
+    if run_dir and is_url(run_dir):
+        check_url(run_dir)  # whoever may look at jobs reads their commands
+    elif not run_dir or not run_dir.startswith("/"):
         fault = f"{run_dir} would lie in the job's working folder, which is deleted" if run_dir else "is missing"
         raise ConfigError(
             f"--run-dir: {fault}; name a folder, from the root, on storage that all nodes of the cluster share, or a URL"
@@ -100,7 +105,7 @@ def command(words: Sequence[str], *, brings_report: bool) -> list[str]:
     """The arguments of a job that is no training, such as `bench overlap --quick`.
 
     Raises:
-        ConfigError: a report would not come back.
+        ConfigError: a report would not come back, or an export would be lost.
     """
     is_bench = words[0] == "bench"
     if brings_report and not is_bench:
@@ -109,7 +114,18 @@ def command(words: Sequence[str], *, brings_report: bool) -> list[str]:
         )
     if is_bench and any(word.partition("=")[0] == "--json" for word in words):
         raise ConfigError("bench --json: the file would stay on the cluster; put --json FILE before the --")
+    if words[0] == "export" and (lost := _lost_export(words)):
+        raise ConfigError(
+            f"export: {lost} would lie in the job's working folder, which is deleted; name a folder, from the root, on storage "
+            "of the cluster"
+        )
     return [*words, *(["--json", "-"] if brings_report else [])]
+
+
+def _lost_export(words: Sequence[str]) -> str | None:
+    """The folder that an export goes to, if nothing would be left of it."""
+    named = [word for before, word in pairwise(words) if not word.startswith("--") and before != "--checkpoint"]
+    return named[1] if len(named) > 1 and not named[1].startswith("/") else None
 
 
 def submit(

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -102,6 +103,8 @@ OPEN = {"wandb": _wandb, "trackio": _trackio, "mlflow": _mlflow}
 
 def main() -> None:
     """Read messages to their end. Exit code 1: the tracker does not work."""
+    # Who stops a job (`ray job stop`) signals all processes below the driver, whose last metrics are still to come.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_outlive, args=(os.getppid(),), name="driver-watch", daemon=True).start()
     messages, reasons = _take_streams()
     inherit_log("mlflow", shown=False)

@@ -24,6 +24,8 @@ class FakeJobServer:
     """What the server says of the job in the end."""
     cuts: list[int] = field(default_factory=list)
     """Numbers of pieces after which a connection breaks, one for each."""
+    cut_after: float = 0.0
+    """Seconds for which such a connection stays silent first."""
     stays: bool = False
     """Whether the job goes on for ever."""
     hangs: bool = False
@@ -66,10 +68,12 @@ class FakeJobServer:
     async def tail(self, request: web.Request) -> web.WebSocketResponse:
         socket = web.WebSocketResponse()
         await socket.prepare(request)
-        cut = self.cuts.pop(0) if self.cuts else None
+        cut = self.cuts[0] if self.cuts else None
         for piece in self.log[:cut]:
             await socket.send_str(piece)
         if cut is not None:
+            await asyncio.sleep(self.cut_after)
+            self.cuts.pop(0)
             assert request.transport is not None
             request.transport.abort()
         elif self.stays or self.hangs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -12,6 +12,9 @@ from ray_rl.config.load import explain, parse_override, text_of, with_value
 from ray_rl.config.plain import check_plain, parse_yaml
 from ray_rl.config.section import Section
 from ray_rl.errors import ConfigError
+
+_MOST_RATE = 1e9
+"""Tokens per second. With more, the clock of a simulation cannot tell one token from the next."""
 
 
 class EngineRates(Section):
@@ -33,6 +36,8 @@ class EngineRates(Section):
         ordered = dict(sorted(given.items()))
         if min(ordered) < 1 or min(ordered.values()) <= 0:
             raise ValueError("numbers of sequences and rates are greater than 0")
+        if not all(rate <= _MOST_RATE for rate in ordered.values()):
+            raise ValueError(f"rates are numbers of at most {_MOST_RATE:g}")
         if sorted(ordered.values()) != list(ordered.values()):
             raise ValueError("more sequences must not be slower together; leave out what was measured badly")
         return ordered
@@ -68,11 +73,11 @@ class SyncRates(Section):
 class Lengths(Section):
     """Tokens of completions. What exceeds rollout.max_tokens is cut there."""
 
-    mean: float = Field(256.0, ge=1, allow_inf_nan=False)
+    mean: float = Field(256.0, ge=1, le=1e9)
     """Before they are cut."""
-    cv: float = Field(0.5, ge=0, allow_inf_nan=False)
+    cv: float = Field(0.5, ge=0, le=100)
     """Standard deviation over the mean, of a log-normal distribution. 0: all are equal."""
-    measured: tuple[int, ...] = ()
+    measured: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Lengths of completions that were sampled, instead of `mean` and `cv`: each is as likely as any other."""
     prompt: float = Field(100.0, ge=0, allow_inf_nan=False)
     """Tokens of a prompt."""
@@ -81,9 +86,9 @@ class Lengths(Section):
 class ContinuationRates(Section):
     """What state values cost; unused with values.kind=none."""
 
-    per_completion: float = Field(8.0, ge=0, allow_inf_nan=False)
+    per_completion: float = Field(8.0, ge=0, le=10_000)
     """Continuations for each completion, on average."""
-    tokens_ratio: float = Field(1.0, ge=0, allow_inf_nan=False)
+    tokens_ratio: float = Field(1.0, ge=0, le=1e6)
     """Tokens of all continuations over those of all completions."""
 
 

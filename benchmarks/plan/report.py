@@ -55,6 +55,8 @@ def remarks(plan: Plan) -> list[str]:
         )
     if best.dropped:
         said.append(f"{best.dropped:.1f} groups a step are dropped, too old or decided")
+    if unpriced := plan.room.without_price:
+        said.append(f"the cost leaves out {', '.join(unpriced)}: give price_per_hour of all nodes")
     for ranks, why in sorted(plan.failures.items()):
         said.append(f"with {ranks} learner ranks the run would end: {why}")
     if best.parts > 1:

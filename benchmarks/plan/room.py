@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ray_rl.config import RunConfig
@@ -53,9 +53,15 @@ class Room:
 
     @property
     def price_per_hour(self) -> float | None:
-        """Of all nodes; None where no kind names a price."""
+        """Of all nodes that have a price; None where none has."""
         prices = [kind.count * kind.price_per_hour for kind in self.shape.kinds if kind.price_per_hour is not None]
         return sum(prices) if prices else None
+
+    @property
+    def without_price(self) -> Sequence[str]:
+        """Kinds of nodes that cost something, for others do, and do not say what."""
+        priced = self.price_per_hour is not None
+        return [kind.name for kind in self.shape.kinds if priced and kind.count and kind.price_per_hour is None]
 
 
 def gpus_of(shape: ClusterShape) -> int:

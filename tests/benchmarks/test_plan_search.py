@@ -39,6 +39,17 @@ def room_of(shape, *, actor_gpus=1.0, labels=()):
     return Room(shape=shape, actor=actor, rank=Bundle(role="learner ranks", cpus=1, gpus=1))
 
 
+def test_a_cost_says_which_nodes_it_leaves_out():
+    config = recipe(**GPU_RECIPE)
+    shape = shape_of(node(price_per_hour=36), node("head", cpus=8, gpus=0))
+    rates = rates_of(engine=EVEN, learner={"tokens_per_second": 300.0})
+    plan = search(config, rates, Room.of(config, shape), steps=1)
+    assert plan.cost(plan.best) == pytest.approx(36 * plan.best.step_seconds / 3600)
+    assert "the cost leaves out head: give price_per_hour of all nodes" in remarks(plan)
+    for priced in (node(), node(price_per_hour=36)):
+        assert Room.of(config, shape_of(priced)).without_price == []
+
+
 def test_the_best_split_is_that_in_which_neither_side_waits():
     """A rank trains three times as fast as an actor samples: of 8 GPUs the learner needs 2."""
     shape = shape_of(node(price_per_hour=36))

@@ -157,3 +157,17 @@ def test_programs_of_the_repository_are_missed_without_it(command, tmp_path, mon
     monkeypatch.setattr("ray_rl.cli.__file__", str(tmp_path / "ray_rl" / "cli.py"))
     result = CliRunner().invoke(app, [command, "x"])
     assert str(result.exception).startswith(f"{command}: its program lies in the repository's benchmarks/")
+
+
+def test_a_policy_that_finds_no_place_is_one_line(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", resolve_config({}))
+    with folder.new_checkpoint(replace(RunState.new(0), step=1)) as new:
+        (new.path / "policy").mkdir()
+        (new.path / "policy" / "config.json").write_text("{}")
+    (tmp_path / "file").touch()
+    done = ray_rl("export", str(tmp_path / "run"), str(tmp_path / "file" / "policy"))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {tmp_path}/file/policy: could not be written: Not a directory")
+    assert len(done.stderr.splitlines()) == 1
+    assert ray_rl("export", str(tmp_path / "run"), str(tmp_path / "policy")).returncode == 0
+    assert (tmp_path / "policy" / "config.json").read_text() == "{}"

@@ -87,6 +87,17 @@ def test_a_store_that_forgets_is_found_out(monkeypatch):
         store.prove()
 
 
+def test_trying_a_store_that_cannot_be_read_leaves_nothing(monkeypatch):
+    def refuse(self, name):
+        raise StoreUnreadable(f"{self}/{name}: cannot be read")
+
+    store = empty_store()
+    monkeypatch.setattr(ObjectStore, "read", refuse)
+    with pytest.raises(StoreUnreadable):
+        store.prove()
+    assert store.sizes() == {}
+
+
 def test_a_bug_is_no_fault_of_the_store():
     with failing(0, error=TypeError), pytest.raises(TypeError):
         empty_store(TWICE).write("a", b"whole")
@@ -115,6 +126,7 @@ def test_a_place_that_takes_no_folder_is_one_line(tmp_path):
         ("s3://key:secret@bucket/run", r"^s3://bucket/run: a URL is no place for a password"),
         ("s3://key:sec/ret@bucket/secret@home", r"^s3://home: a URL is no place for a password"),
         ("s3://bucket/run?region=x", r"neither \? nor #"),
+        ("s3://bucket/run?secret_key=secret", r"^s3://bucket/run: neither"),
         ("s3://", "names no place"),
         ("s3:///", "names no place"),
         ("nonsense://bucket/run", "Protocol not known: nonsense; use s3://"),

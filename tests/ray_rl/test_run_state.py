@@ -385,3 +385,17 @@ def test_of_a_run_that_never_began_the_logs_of_its_actors_are_kept_and_the_next_
     (again.logs / "rollout-0.log").unlink()
     again.remove_unused()
     assert not folder.path.exists()
+
+
+def test_a_run_may_begin_where_another_died_in_its_beginning(tmp_path):
+    path = tmp_path / "run"
+    (path / "checkpoints").mkdir(parents=True)
+    (path / ".config.yaml.123").touch()
+    RunFolder.create(path, resolve_config({}))
+    assert RunFolder.is_run(path)
+    with pytest.raises(ConfigError, match="is not empty; go on with it"):
+        RunFolder.create(path, resolve_config({}))
+    (path / "config.yaml").unlink()
+    (path / "checkpoints" / "step_1").mkdir()
+    with pytest.raises(ConfigError, match="is not empty; name a new folder"):
+        RunFolder.create(path, resolve_config({}))

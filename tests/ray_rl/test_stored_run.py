@@ -261,6 +261,31 @@ def test_nothing_is_written_into_a_run_that_another_took_over(saved):
     assert holder(saved).token == "another"
 
 
+def test_who_lost_the_run_deletes_no_checkpoint_of_it(saved):
+    folder = StoredRun.found(saved, QUICK)
+    other = holder_of_another()
+    saved.write(LEASE, other)
+    state = RunState(step=4, policy_version=4, position=0, pending_positions=(), seed=0)
+    with pytest.raises(LeaseLost), folder.new_checkpoint(state):
+        pytest.fail("it has begun")
+    with pytest.raises(LeaseLost):
+        folder.prune(1, 2)
+    assert steps_of(saved) == [2, 4]
+
+
+def holder_of_another() -> bytes:
+    lease = {"token": "another", "host": "elsewhere", "pid": 1, "since": "now", "folder": "/tmp/x"}
+    return json.dumps(lease).encode()
+
+
+def test_a_run_may_begin_where_somebody_died_while_trying_the_store():
+    store = empty_store()
+    with failing(1, error=Killed), suppress(Killed):
+        store.prove()
+    assert len(store.sizes()) == 1
+    StoredRun.make(store, config_of(), QUICK)
+
+
 def test_a_run_that_is_in_use_is_named_by_its_driver_s_copy(saved):
     with pytest.raises(
         ConfigError, match=r"no run is going on here; go on with this one: ray-rl train --resume faulty://"
@@ -296,6 +321,23 @@ def test_what_only_means_something_here_is_not_sent(saved):
         (folder.path / "report.json").write_text("{}")
     assert not {"control.json", "prometheus.json", ".lock"} & saved.sizes().keys()
     assert "report.json" in saved.sizes()
+
+
+def test_a_file_that_a_tracker_takes_away_meanwhile_costs_no_checkpoint(saved, monkeypatch):
+    send = ObjectStore.send
+
+    def send_late(self, file, name):
+        if name == "wandb/passing":
+            file.unlink()
+        send(self, file, name)
+
+    folder = StoredRun.found(saved, QUICK)
+    monkeypatch.setattr(ObjectStore, "send", send_late)
+    with folder.locked():
+        (folder.path / "wandb").mkdir()
+        (folder.path / "wandb" / "passing").touch()
+        save(folder, 9)
+    assert folder.steps() == [2, 4, 9]
 
 
 def test_a_run_that_never_got_as_far_as_a_metric_leaves_nothing():

@@ -92,6 +92,11 @@ def test_rays_own_command_submits_the_same_job(here):
         ((), {}, "submit: name a recipe"),
         (("laptop-grpo",), {"run_dir": None}, "--run-dir: is missing; name a folder"),
         (("laptop-grpo",), {"run_dir": "runs/x"}, "--run-dir: runs/x would lie in the job's working folder"),
+        (
+            ("laptop-grpo",),
+            {"run_dir": "s3://key:secret@bucket/x"},
+            "s3://bucket/x: a URL is no place for a password",
+        ),
         (("nowhere",), {}, "recipe: nowhere is neither a file nor a shipped recipe"),
         (("laptop-grpo", "rollout.group_siz=3"), {}, "rollout.group_siz: unknown key"),
         (("laptop-grpo", "model.path=./nowhere"), {}, "model.path: ./nowhere does not exist"),
@@ -107,6 +112,11 @@ def test_rays_own_command_submits_the_same_job(here):
         (("mine.yaml",), {"report": True}, "--json: brings back the report of `bench`"),
         (("bench", "overlap"), {}, "--run-dir: bench begins no run"),
         (("bench", "overlap", "--json", "x"), {"run_dir": None}, "bench --json: the file would stay on the cluster"),
+        (
+            ("export", "--checkpoint", "3", "/shared/run", "my-policy"),
+            {"run_dir": None},
+            "export: my-policy would lie in the job's working folder",
+        ),
         (("status", "/shared/run"), {"run_dir": None, "report": True}, "--json: brings back the report of `bench`"),
     ],
 )
@@ -115,6 +125,11 @@ def test_what_cannot_work_is_told_before_anything_is_sent(here, words, more, lin
     with pytest.raises(ConfigError) as raised:
         of(*words, **more)
     assert str(raised.value).startswith(line)
+
+
+def test_an_export_to_the_storage_of_the_cluster_is_sent(here):
+    call = ("export", "/shared/run", "--checkpoint=3", "/shared/policy")
+    assert of(*call, run_dir=None).words[3:] == call
 
 
 def test_what_a_recipe_names_from_the_root_is_the_clusters_own(here):
@@ -240,6 +255,13 @@ def test_an_address_where_no_job_server_answers_is_one_line_within_seconds(here,
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_password_in_the_address_is_refused_without_being_shown(here):
+    done = ray_rl("submit", "--address", "http://me:hunter2@head:8265", "--", "status", "/x")
+    assert done.returncode == 2
+    assert "no place for a password" in done.stderr
+    assert "hunter2" not in done.stdout + done.stderr
+
+
 def test_the_address_comes_from_the_environment_too_and_the_option_wins(here):
     with serving(FakeJobServer()) as server:
         taken = ray_rl("submit", "--", "status", "/x", RAY_API_SERVER_ADDRESS=server.address)
@@ -269,6 +291,17 @@ def test_a_server_that_listens_and_says_nothing_is_waited_for_no_longer_than_nee
 def test_a_connection_that_is_never_closed_keeps_nobody_from_the_end_of_the_job(impatient):
     with serving(FakeJobServer(hangs=True)) as server:
         assert JobServer.connect(server.address).follow("raysubmit_1", JobLog(print)).status == "SUCCEEDED"
+
+
+@pytest.mark.parametrize(
+    ("log", "silence"), [([f"{number}\n" for number in range(8)], 0.2), (["one\n"], 0.7)], ids=["speaks", "is silent"]
+)
+def test_a_proxy_that_cuts_every_connection_does_not_make_a_running_job_a_lost_one(impatient, log, silence):
+    cuts = list(range(1, 8)) if len(log) == 8 else [1, 1]
+    with serving(FakeJobServer(log=log, cuts=cuts, cut_after=silence)) as server:
+        shown: list[str] = []
+        assert JobServer.connect(server.address).follow("raysubmit_1", JobLog(shown.append)).status == "SUCCEEDED"
+        assert shown == [line.strip() for line in log]
 
 
 def test_a_server_that_does_not_come_back_is_an_error_that_says_so(impatient):

@@ -141,6 +141,27 @@ def test_a_tracker_that_hangs_costs_its_seconds_at_the_end_and_nothing_before(tm
     assert "trackio to send what it has, and it did not come" in late
 
 
+def test_a_job_that_is_stopped_still_sends_its_last_metrics(tmp_path, monkeypatch):
+    source = WORKS + (
+        f"def log(metrics, step):\n    import pathlib\n    pathlib.Path({str(tmp_path)!r}, f'step-{{step}}').touch()\n"
+    )
+    with_library(tmp_path / "library", monkeypatch, source)
+    warnings: list[str] = []
+    (tmp_path / "logs").mkdir()
+    trackers = Trackers(config_of({"kind": "trackio"}), tmp_path, warnings.append)
+    trackers.log(1, {"reward/mean": 0.0})
+    until = time.monotonic() + 30
+    while not (tmp_path / "step-1").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    for process in psutil.Process().children(recursive=True):
+        if "ray_rl.tracker_process" in process.cmdline():
+            process.terminate()
+    trackers.log(2, {"reward/mean": 0.0})
+    trackers.close()
+    assert warnings == []
+    assert (tmp_path / "step-2").exists()
+
+
 def test_what_a_tracker_prints_lies_in_its_log(tmp_path, monkeypatch):
     with_library(
         tmp_path / "library", monkeypatch, WORKS + "def init(**options):\n    print('see https://there/run')\n"
