@@ -79,4 +79,4 @@ def test_the_policy_is_exported_and_evaluated_from_the_url(finished, scratch, tm
     assert (tmp_path / "policy" / "model.safetensors").read_bytes() == finished.read("final/model.safetensors")
     report = tmp_path / "accuracy.json"
     run(scratch, "evaluate", finished.url, "evaluation.problems=8", "--json", str(report))
-    assert 0 <= json.loads(report.read_text())["evaluation/accuracy"] <= 1
+    assert 0 <= json.loads(report.read_text())["eval/pass@1"] <= 1
