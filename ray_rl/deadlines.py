@@ -144,7 +144,7 @@ async def in_thread(work: Callable[[], T], seconds: float, *, what: str, causes:
     Raises:
         DeadlineExceeded: it is not done in time; it goes on, and whatever comes of it is forgotten.
     """
-    return await wait(asyncio.wrap_future(in_daemon(work, what)), seconds, what=what, causes=causes)
+    return await wait(asyncio.wrap_future(_in_daemon(work, what)), seconds, what=what, causes=causes)
 
 
 def get(refs: object, seconds: float, *, what: str, causes: str = "") -> object:
@@ -190,11 +190,10 @@ def call_within(call: Callable[[], T], seconds: float, *, what: str, causes: str
     Raises:
         DeadlineExceeded: it is not done in time.
     """
-    return result(in_daemon(call, what), seconds, what=what, causes=causes)
+    return result(_in_daemon(call, what), seconds, what=what, causes=causes)
 
 
-def in_daemon(work: Callable[[], T], what: str) -> concurrent.futures.Future[T]:
-    """Begin work in a thread of its own, which ends with the process; `result` waits for it."""
+def _in_daemon(work: Callable[[], T], what: str) -> concurrent.futures.Future[T]:
     done: concurrent.futures.Future[T] = concurrent.futures.Future()
     done.set_running_or_notify_cancel()  # who gives up waiting does not end the work
 

@@ -1,4 +1,4 @@
-"""What a run needs besides actors, read while Ray comes up."""
+"""What a run needs besides actors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from actors.rewards import check_python_function
 from ray_rl.config import RunConfig
 from ray_rl.config.reward import PythonRewardConfig
-from ray_rl.deadlines import in_daemon, result
 from ray_rl.embedded import policy_path
 from ray_rl.model_files import check_model_folder
 from ray_rl.prompt_stream import PromptStream, encode_problem
@@ -18,8 +17,6 @@ from ray_rl.ray_session import ray_session
 from ray_rl.startup import Startup
 from ray_rl.tasks import make_task
 from ray_rl.tokenizer import load_tokenizer
-
-_READING_SECONDS = 24 * 3600.0
 
 
 class Prepared:
@@ -32,6 +29,8 @@ class Prepared:
             ConfigError: one of them is not what the configuration says.
         """
         model, source = config.model, model_source(config)
+        if isinstance(config.reward, PythonRewardConfig):
+            check_python_function(config.reward.function)
         check_model_folder(source)
         task = make_task(config.task)
         self.codec = load_tokenizer(source, trust_remote_code=model.trust_remote_code, revision=model.revision)
@@ -52,20 +51,15 @@ class Prepared:
 
 @contextmanager
 def prepared_in_ray(config: RunConfig, startup: Startup, *, evaluates: bool = True) -> Iterator[Prepared]:
-    """Read model and data while Ray, which mostly waits, comes up. Raises as `Prepared` and `ray_session` do."""
+    """Read model and data, then have a Ray: what is wrong with them is told before anything is started.
 
-    def read() -> Prepared:
-        prepared = Prepared(config, evaluates=evaluates)
-        startup.reached("prepared")
-        return prepared
-
-    if isinstance(config.reward, PythonRewardConfig):  # in this thread: the user's module may want the main one
-        check_python_function(config.reward.function)
-    what = "model and data to be read"
-    reading = in_daemon(read, what)
-    with ray_session(config):  # in this thread, with whose end the system would kill Ray's processes
+    Raises as `Prepared` and `ray_session` do.
+    """
+    prepared = Prepared(config, evaluates=evaluates)
+    startup.reached("prepared")
+    with ray_session(config):
         startup.reached("ray")
-        yield result(reading, _READING_SECONDS, what=what, causes="a large download")
+        yield prepared
 
 
 def model_source(config: RunConfig) -> str:
