@@ -194,15 +194,19 @@ def test_a_log_whose_connection_breaks_is_shown_once(here):
     assert done.stdout.splitlines()[-4:] == ["one", "two", "three", "job raysubmit_1 SUCCEEDED"]
 
 
-def hears_ctrl_c() -> None:
-    """Who was started in the background of a shell inherits that SIGINT is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+HEARS_CTRL_C = """
+# Who was started in the background of a shell inherits that SIGINT is ignored.
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from ray_rl.cli import main
+main()
+"""
 
 
 def test_ctrl_c_leaves_the_job_alone(here):
     with serving(FakeJobServer(stays=True)) as server:
-        call = [sys.executable, "-P", "-m", "ray_rl", "submit", "--address", server.address, "--", "status", "/x"]
-        process = subprocess.Popen(call, stdout=subprocess.PIPE, text=True, env=environment(), preexec_fn=hears_ctrl_c)
+        call = [sys.executable, "-P", "-c", HEARS_CTRL_C, "submit", "--address", server.address, "--", "status", "/x"]
+        process = subprocess.Popen(call, stdout=subprocess.PIPE, text=True, env=environment())
         assert process.stdout is not None
         while process.stdout.readline() != "hello\n":
             assert process.poll() is None
