@@ -6,6 +6,7 @@ import asyncio
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from benchmarks.plan.engine import SimulatedEngine
 from benchmarks.plan.rates import Rates
@@ -13,7 +14,7 @@ from benchmarks.simulated import SimulatedActor, SimulatedLearner
 from ray_rl.config import RunConfig
 from ray_rl.config.values import FixedValues, NoValues
 from ray_rl.protocols import CollectedGroup, PublishedWeights
-from ray_rl.types import GroupCost, GroupSummary, Prompt, StepStats
+from ray_rl.types import NO_COST, GroupSummary, Prompt, StepStats
 
 
 class Draws:
@@ -140,19 +141,8 @@ class PlannedLearner(SimulatedLearner):
 def _summary(
     prompt: Prompt, oldest: int, newest: int, lengths: Sequence[int], continued: Sequence[int], best: float
 ) -> GroupSummary:
-    cost = GroupCost(
-        primary_tokens=sum(lengths),
-        continuations=len(continued),
-        continuation_tokens=sum(continued),
-        states=0,
-        closed_states=0,
-        rounds=0,
-        prefix_tokens=0,
-        cacheable_prefix_tokens=0,
-        cached_prefix_tokens=0,
-        prompt_tokens=0,
-        cached_prompt_tokens=0,
-        seconds=0.0,
+    cost = replace(
+        NO_COST, primary_tokens=sum(lengths), continuations=len(continued), continuation_tokens=sum(continued)
     )
     return GroupSummary(
         prompt_id=prompt.prompt_id,
